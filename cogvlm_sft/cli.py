@@ -1,0 +1,372 @@
+"""The command line: parse, call one library function, print.
+
+Every import of weight stands inside its command, so `--help` answers at once. A mistake of the
+user's is one line on stderr and exit status 2; an interrupted run exits with 130 (Ctrl-C) or with
+what the trainer says of a signal. The recipe is the interface: flags are few on purpose.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cogvlm_sft.errors import CogVLMSFTError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the return value is the exit status."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    command: Command = parsed.command
+    try:
+        return command(parsed)
+    except CogVLMSFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); say nothing more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.print:
+        print(recipe.to_yaml(), end="")
+        return 0
+    from cogvlm_sft.training.run import train
+
+    result = train(recipe)
+    print(f"checkpoint: {result.output}")
+    return 0
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.recipe import load_recipe
+    from cogvlm_sft.training.estimate import estimate
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    print(estimate(recipe, gpus=arguments.gpus, gpu_memory_gib=arguments.gpu_memory).table())
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.evaluation.run import evaluate_checkpoint
+
+    report = evaluate_checkpoint(
+        arguments.checkpoint,
+        arguments.data,
+        arguments.images,
+        task=arguments.task,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        output=arguments.output,
+    )
+    print(json.dumps(report, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.chat.terminal import ask, chat_loop
+
+    if arguments.question is None:
+        chat_loop(arguments.checkpoint, image=arguments.image, style=arguments.style)
+        return 0
+    answer = ask(arguments.checkpoint, arguments.image, arguments.question, style=arguments.style)
+    if arguments.json:
+        image = str(arguments.image) if arguments.image else None
+        record = {"image": image, "question": arguments.question, "answer": answer}
+        answer = json.dumps(record, ensure_ascii=False)
+    print(answer)
+    return 0
+
+
+def _data_sources(arguments: argparse.Namespace) -> int:
+    from data_builders.source import list_sources
+
+    print(list_sources(arguments.root))
+    return 0
+
+
+def _data_build(arguments: argparse.Namespace) -> int:
+    from data_builders.build import build
+
+    result = build(arguments.recipe, arguments.overrides)
+    print(result.summary())
+    return 0
+
+
+def _data_verify(arguments: argparse.Namespace) -> int:
+    from data_builders.manifest import verify
+
+    print(verify(arguments.build, arguments.images).summary())
+    return 0
+
+
+def _data_export(arguments: argparse.Namespace) -> int:
+    from data_builders.export import export
+
+    count = export(arguments.build, arguments.to, arguments.out, arguments.images)
+    print(f"{count} conversations written to {arguments.out} for {arguments.to}")
+    return 0
+
+
+def _data_preview(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.data.preview import preview
+
+    print(preview(arguments.build, arguments.checkpoint, ids=arguments.id, limit=arguments.limit))
+    return 0
+
+
+def _recipe_list(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.recipe import list_recipes
+
+    for name, title in list_recipes():
+        print(f"{name:24} {title}")
+    return 0
+
+
+def _recipe_show(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.recipe import find_recipe
+
+    print(find_recipe(arguments.recipe).read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _recipe_copy(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.recipe import copy_recipe
+
+    print(f"copied to {copy_recipe(arguments.recipe, arguments.destination)}")
+    return 0
+
+
+def _recipe_check(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.recipe import load_recipe
+
+    load_recipe(arguments.recipe, arguments.overrides)
+    print(f"{arguments.recipe}: every key is known and every value fits")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cogvlm-sft",
+        description="Supervised fine-tuning of CogVLM.",
+        epilog="example: cogvlm-sft train recipes/chat.yaml train.output=runs/chat",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = _add(
+        commands,
+        "train",
+        _train,
+        "train by a recipe",
+        "cogvlm-sft train recipes/chat.yaml train.iterations=100",
+    )
+    _recipe_arguments(train)
+    train.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
+
+    estimate = _add(
+        commands,
+        "estimate",
+        _estimate,
+        "memory that a recipe needs, by part",
+        "cogvlm-sft estimate chat --gpus 8 --gpu-memory 80",
+    )
+    _recipe_arguments(estimate)
+    estimate.add_argument("--gpus", type=int, default=1, metavar="N", help="default 1")
+    estimate.add_argument(
+        "--gpu-memory",
+        type=float,
+        default=80.0,
+        metavar="GIB",
+        help="memory of one GPU in GiB, default 80",
+    )
+
+    evaluate = _add(
+        commands,
+        "evaluate",
+        _evaluate,
+        "score a checkpoint on held-out conversations",
+        "cogvlm-sft evaluate runs/demo/chat --task exact_match "
+        "--data runs/demo/data/heldout_digits --images runs/demo/images",
+    )
+    evaluate.add_argument("checkpoint", type=Path)
+    evaluate.add_argument("--task", required=True, help="exact_match or box_iou")
+    evaluate.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="BUILD",
+        help="build folder or JSON Lines file of conversations",
+    )
+    evaluate.add_argument("--images", type=Path, required=True, metavar="DIR", help="image root")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N conversations")
+    evaluate.add_argument("--batch-size", type=int, default=16, metavar="N", help="default 16")
+    evaluate.add_argument("--output", type=Path, metavar="FILE", help="predictions, JSON Lines")
+
+    chat = _add(
+        commands,
+        "chat",
+        _chat,
+        "talk to a checkpoint, or ask it one question",
+        'cogvlm-sft chat runs/demo/chat --image digit.png --question "What digit is this?"',
+    )
+    chat.add_argument("checkpoint", type=Path)
+    chat.add_argument("--image", type=Path, metavar="PICTURE")
+    chat.add_argument("--question", help="ask once, print the answer, and stop")
+    chat.add_argument(
+        "--style",
+        choices=("chat", "vqa", "base", "text"),
+        help="prompt template; the checkpoint's own by default",
+    )
+    chat.add_argument("--json", action="store_true", help="with --question: print a JSON object")
+
+    _add_data(commands)
+    _add_recipe(commands)
+    return parser
+
+
+def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    data = commands.add_parser(
+        "data",
+        help="build, check and look at conversations",
+        epilog="example: cogvlm-sft data build recipes/data/chat_500k.yaml",
+    )
+    kinds = data.add_subparsers(required=True, metavar="COMMAND")
+
+    sources = _add(
+        kinds,
+        "sources",
+        _data_sources,
+        "the data sets, and which files to fetch",
+        "cogvlm-sft data sources --root data",
+    )
+    sources.add_argument(
+        "--root",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where your files lie, default data",
+    )
+
+    build = _add(
+        kinds,
+        "build",
+        _data_build,
+        "build conversations by a recipe",
+        "cogvlm-sft data build recipes/data/chat_500k.yaml out=data/chat",
+    )
+    _recipe_arguments(build)
+
+    verify = _add(
+        kinds,
+        "verify",
+        _data_verify,
+        "check a build's hashes, counts and images",
+        "cogvlm-sft data verify data/chat --images data/images",
+    )
+    verify.add_argument("build", type=Path)
+    verify.add_argument(
+        "--images", type=Path, metavar="DIR", help="image root; with it every image is opened"
+    )
+
+    export = _add(
+        kinds,
+        "export",
+        _data_export,
+        "write a build for another trainer",
+        "cogvlm-sft data export data/chat --to trl --out data/chat_trl --images data/i",
+    )
+    export.add_argument("build", type=Path)
+    export.add_argument(
+        "--to", required=True, choices=("trl", "llama-factory", "ms-swift", "llava")
+    )
+    export.add_argument("--out", type=Path, required=True, metavar="DIR")
+    export.add_argument("--images", type=Path, required=True, metavar="DIR", help="image root")
+
+    preview = _add(
+        kinds,
+        "preview",
+        _data_preview,
+        "exact tokens, positions and loss mask of conversations",
+        "cogvlm-sft data preview data/chat --checkpoint runs/demo/chat --limit 2",
+    )
+    preview.add_argument("build", type=Path)
+    preview.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder whose tokenizer and picture size are used",
+    )
+    preview.add_argument("--id", action="append", metavar="ID", help="which conversation; repeats")
+    preview.add_argument("--limit", type=int, default=1, metavar="N", help="default 1")
+
+
+def _add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    recipe = commands.add_parser(
+        "recipe",
+        help="list, show, copy and check recipes",
+        epilog="example: cogvlm-sft recipe copy chat my_chat.yaml",
+    )
+    kinds = recipe.add_subparsers(required=True, metavar="COMMAND")
+    _add(kinds, "list", _recipe_list, "the packaged recipes", "cogvlm-sft recipe list")
+    show = _add(kinds, "show", _recipe_show, "print a recipe", "cogvlm-sft recipe show chat")
+    show.add_argument("recipe")
+    copy = _add(
+        kinds,
+        "copy",
+        _recipe_copy,
+        "copy a packaged recipe to edit it",
+        "cogvlm-sft recipe copy chat my_chat.yaml",
+    )
+    copy.add_argument("recipe")
+    copy.add_argument("destination", type=Path)
+    check = _add(
+        kinds,
+        "check",
+        _recipe_check,
+        "check every key and value",
+        "cogvlm-sft recipe check my_chat.yaml",
+    )
+    _recipe_arguments(check)
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    command: Command,
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a path, or the name of a packaged recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that replace the recipe's"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
