@@ -1,0 +1,423 @@
+"""Training recipes: YAML read into typed models, every mistake named before anything is loaded.
+
+A recipe is one YAML file of five sections. Keys are closed: an unknown one is an error that names
+the nearest known one, and a value of the wrong type is an error too, never converted ("8" is not
+8). YAML is read by its 1.2 rules where 1.1 surprises (`1e-5` is a number, `no` is a string, a key
+may stand only once). Paths are relative to the working directory. This module imports neither
+torch nor transformers, so that checking a recipe is instant.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    ValidationError,
+)
+
+from cogvlm_sft.errors import RecipeError
+
+RecipePath = Annotated[Path, Field(strict=False)]
+
+
+class Section(BaseModel):
+    """A closed, strictly typed part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(Section):
+    """Where the weights come from: a checkpoint folder, or a configuration to start from."""
+
+    checkpoint: RecipePath | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: RecipePath | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+
+
+class Source(Section):
+    """One conversation file or build folder, and how often it is seen."""
+
+    path: RecipePath
+    weight: PositiveFloat = 1.0
+
+
+class DataSection(Section):
+    """What is trained on, and how a conversation becomes labels."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    validation: RecipePath | None = None
+    image_root: RecipePath
+    max_length: PositiveInt | None = None
+    loss_on: Literal["all", "last"] = "all"
+    workers: Annotated[int, Field(ge=0)] = 0
+
+
+class GroupTuning(Section):
+    """Whether a parameter group learns, and at what multiple of `train.learning_rate`."""
+
+    mode: Literal["frozen", "full"] = "full"
+    rate: PositiveFloat = 1.0
+
+
+class TuneSection(Section):
+    """The five parameter groups (`cogvlm_sft.tune.groups`)."""
+
+    language: GroupTuning = GroupTuning()
+    visual_expert: GroupTuning = GroupTuning()
+    adapter: GroupTuning = GroupTuning()
+    vision_tower: GroupTuning = GroupTuning()
+    embeddings: GroupTuning = GroupTuning()
+
+    def trainable(self) -> dict[str, float]:
+        """Rate of every group that learns, in the order of the fields."""
+        groups = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: group.rate for name, group in groups.items() if group.mode == "full"}
+
+
+class TrainSection(Section):
+    """The optimisation and what is written while it runs."""
+
+    output: RecipePath
+    iterations: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt = 1
+    learning_rate: PositiveFloat
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: Annotated[
+        list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)
+    ] = [0.9, 0.95]
+    epsilon: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat | None = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    save_every: PositiveInt = 500
+    keep_snapshots: PositiveInt = 2
+    resume: Literal["auto", "never"] = "auto"
+    gradient_checkpointing: bool = False
+    log_every: PositiveInt = 10
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+
+
+class EvaluateSection(Section):
+    """Held-out loss during training; it is measured once at the end in any case."""
+
+    every: PositiveInt
+    batch_size: PositiveInt = 8
+
+
+class Recipe(Section):
+    """A whole training run. `source` is the file or name it was loaded from, for messages."""
+
+    model: ModelSection
+    data: DataSection
+    tune: TuneSection = TuneSection()
+    train: TrainSection
+    evaluate: EvaluateSection | None = None
+
+    _source: str = PrivateAttr(default="recipe")
+
+    @property
+    def source(self) -> str:
+        """File or packaged name that this recipe was loaded from."""
+        return self._source
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out; it loads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches a process runs per step, so that each step holds the global batch.
+
+        Args:
+            world_size: number of processes that train together.
+
+        Raises:
+            RecipeError: `global_batch_size` is not a multiple of `micro_batch_size` x world.
+        """
+        train = self.train
+        together = train.micro_batch_size * world_size
+        if train.global_batch_size % together:
+            raise RecipeError(
+                f"{self.source}: train.global_batch_size {train.global_batch_size} is not a "
+                f"multiple of train.micro_batch_size {train.micro_batch_size} x {world_size} "
+                f"process(es) = {together}; a step must hold exactly the global batch. Choose "
+                f"a micro_batch_size that divides {train.global_batch_size} / processes."
+            )
+        return train.global_batch_size // together
+
+
+def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override and check a training recipe.
+
+    Args:
+        path_or_name: a YAML file, or the name of a packaged recipe such as `chat`.
+        overrides: `key.sub=value` strings; the value is a YAML scalar, list or mapping. Items of
+            a list are addressed by number (`data.train.0.weight=2`).
+
+    Raises:
+        RecipeError: the file is missing or not YAML, a key is unknown, a value has the wrong
+            type, or values contradict each other.
+    """
+    path = find_recipe(path_or_name)
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return recipe_from_dict(tree, source=str(path), overridden=list(overrides))
+
+
+def recipe_from_dict(
+    tree: Mapping[str, Any], source: str = "recipe", overridden: Iterable[str] = ()
+) -> Recipe:
+    """Check a recipe given as nested mappings (what a YAML file holds)."""
+    try:
+        recipe = Recipe.model_validate(dict(tree))
+    except ValidationError as error:
+        raise RecipeError(_explain(error, tree, source, overridden)) from None
+    recipe._source = source
+    _check_together(recipe)
+    return recipe
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Name to file of the training recipes that ship with the package (`chat`, `demo/chat`, …)."""
+    root = _recipes_folder()
+    names = {}
+    for path in sorted(root.rglob("*.yaml")):
+        name = path.relative_to(root).with_suffix("").as_posix()
+        # data/ holds recipes of the data builders, accelerate/ the launcher's configurations.
+        if not name.startswith(("data/", "accelerate/")):
+            names[name] = path
+    return names
+
+
+def find_recipe(path_or_name: str | Path) -> Path:
+    """The file of a recipe given as path or packaged name; a file at hand comes first."""
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    known = packaged_recipes()
+    name = str(path_or_name).removesuffix(".yaml")
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise RecipeError(
+        f"no recipe {str(path_or_name)!r}: not a file, and not one of the packaged recipes "
+        f"({', '.join(known) or 'none found'}){hint}"
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML mapping from a file, by the rules of this module's head."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, found {_kind(tree)}")
+    return tree
+
+
+def _recipes_folder() -> Path:
+    """`_recipes` inside an installed package, `recipes/` beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "_recipes"
+    return installed if installed.is_dir() else here.parent / "recipes"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 numbers and booleans, refusing a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+# PyYAML follows YAML 1.1, where 1e-5 is a string and yes/no/on/off are booleans.
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] not in _REPLACED]
+    for _REPLACED in [("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF")
+)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `key.sub=value` in the raw tree; unknown keys are found by the validation after."""
+    dotted, separator, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not separator or not all(keys):
+        raise RecipeError(
+            f"override {override!r} is not of the form key.sub=value, "
+            "for example train.iterations=100"
+        )
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from None
+    place: Any = tree
+    for depth, key in enumerate(keys[:-1]):
+        here = ".".join(keys[: depth + 1])
+        if isinstance(place, list):
+            place = place[_list_index(place, key, override)]
+        else:
+            if place.get(key) is None:
+                place[key] = {}
+            place = place[key]
+        if not isinstance(place, dict | list):
+            raise RecipeError(f"override {override!r}: {here} is {_kind(place)}, not a section")
+    if isinstance(place, list):
+        place[_list_index(place, keys[-1], override)] = value
+    else:
+        place[keys[-1]] = value
+
+
+def _list_index(items: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise RecipeError(
+            f"override {override!r}: {key!r} is not one of the list's items 0 to {len(items) - 1}"
+        )
+    return int(key)
+
+
+def _check_together(recipe: Recipe) -> None:
+    """Rules that more than one key takes part in.
+
+    Raises:
+        RecipeError: naming the keys, what they are and how to mend them.
+    """
+    model, train, source = recipe.model, recipe.train, recipe.source
+    if (model.checkpoint is None) == (model.config is None):
+        found = "neither" if model.checkpoint is None else "both"
+        raise RecipeError(
+            f"{source}: exactly one of model.checkpoint (weights to start from) and model.config "
+            f"(start from scratch) must be given, found {found}"
+        )
+    if model.config is not None and model.tokenizer is None:
+        raise RecipeError(
+            f"{source}: model.config starts from scratch, so model.tokenizer must name a "
+            "tokenizer folder, found null"
+        )
+    if not recipe.tune.trainable():
+        raise RecipeError(
+            f"{source}: all five groups under tune are frozen, so nothing would be trained; "
+            "set the mode of at least one to full"
+        )
+    if train.warmup_iterations > train.iterations:
+        raise RecipeError(
+            f"{source}: train.warmup_iterations {train.warmup_iterations} exceeds "
+            f"train.iterations {train.iterations}"
+        )
+    if recipe.evaluate is not None and recipe.data.validation is None:
+        raise RecipeError(
+            f"{source}: evaluate asks for held-out loss, but data.validation is null; "
+            "name a validation file or build, or leave evaluate out"
+        )
+    recipe.accumulation_steps(int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _explain(
+    error: ValidationError, tree: Mapping[str, Any], source: str, overridden: Iterable[str]
+) -> str:
+    """One line per mistake: key, found, expected, nearest key, and where it was written."""
+    lines = []
+    for item in error.errors():
+        location = tuple(item["loc"])
+        dotted = ".".join(str(part) for part in location)
+        where = next(
+            (f"override {text!r}" for text in overridden if _same_key(text, dotted)), source
+        )
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key {dotted!r}; {_nearest(location)}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: key {dotted!r} is missing and has no default")
+        else:
+            expected = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+            lines.append(f"{where}: {dotted} is {_kind(item['input'])}; expected {expected}")
+    return "\n".join(lines)
+
+
+def _same_key(override: str, dotted: str) -> bool:
+    key = override.partition("=")[0].strip()
+    return key == dotted or key.startswith(dotted + ".") or dotted.startswith(key + ".")
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    """The known key nearest to an unknown one: of its own section first, then of any other."""
+    known = _known_keys()
+    parent = ".".join(re.sub(r"^\d+$", "*", str(part)) for part in location[:-1])
+    wanted = str(location[-1])
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
+    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {siblings[near[0]]!r}?"
+    elsewhere = {key.rpartition(".")[2]: key for key in known}
+    near = difflib.get_close_matches(wanted, elsewhere, n=1, cutoff=0.8)
+    if near:
+        return f"did you mean {elsewhere[near[0]]!r}?"
+    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.0)
+    return f"the nearest is {siblings[near[0]]!r}, of {', '.join(siblings)}"
+
+
+def _known_keys() -> list[str]:
+    """Every dotted key of the schema; the items of a list are written `*`."""
+    keys: list[str] = []
+
+    def walk(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            keys.append(prefix + name)
+            for inner in _sections_in(field.annotation):
+                is_list = "list" in str(field.annotation)
+                walk(inner, f"{prefix}{name}." + ("*." if is_list else ""))
+
+    walk(Recipe, "")
+    return keys
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in _sections_in(part)]
+
+
+def _kind(value: Any) -> str:
+    """A value as a user would describe it, for messages."""
+    if value is None:
+        return "null"
+    names = {
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "a mapping",
+    }
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({names.get(type(value), 'a value')})"
