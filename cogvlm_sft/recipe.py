@@ -203,6 +203,31 @@ def packaged_recipes() -> dict[str, Path]:
     return names
 
 
+def list_recipes() -> list[tuple[str, str]]:
+    """Name and title (first comment line) of every packaged training recipe."""
+    return [(name, _title(path)) for name, path in packaged_recipes().items()]
+
+
+def copy_recipe(path_or_name: str | Path, destination: str | Path) -> Path:
+    """Copy a recipe to edit it; an existing file is never replaced.
+
+    Raises:
+        RecipeError: the recipe is unknown or the destination exists.
+    """
+    text = find_recipe(path_or_name).read_text(encoding="utf-8")
+    target = Path(destination)
+    if target.is_dir():
+        target = target / f"{Path(path_or_name).stem}.yaml"
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RecipeError(f"{target} exists; remove it or choose another name") from None
+    except OSError as error:
+        raise RecipeError(f"{target} cannot be written: {error.strerror}") from None
+    return target
+
+
 def find_recipe(path_or_name: str | Path) -> Path:
     """The file of a recipe given as path or packaged name; a file at hand comes first."""
     path = Path(path_or_name)
@@ -238,6 +263,11 @@ def _recipes_folder() -> Path:
     return installed if installed.is_dir() else here.parent / "recipes"
 
 
+def _title(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line.lstrip("# ") for line in lines if line.startswith("#")), "")
+
+
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 numbers and booleans, refusing a key that stands twice."""
 
@@ -254,9 +284,9 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 # PyYAML follows YAML 1.1, where 1e-5 is a string and yes/no/on/off are booleans.
+_YAML_1_1 = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
 _StrictLoader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] not in _REPLACED]
-    for _REPLACED in [("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    first: [pair for pair in pairs if pair[0] not in _YAML_1_1]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _StrictLoader.add_implicit_resolver(
@@ -359,9 +389,22 @@ def _explain(
         elif item["type"] == "missing":
             lines.append(f"{where}: key {dotted!r} is missing and has no default")
         else:
-            expected = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-            lines.append(f"{where}: {dotted} is {_kind(item['input'])}; expected {expected}")
+            lines.append(f"{where}: {dotted} is {_kind(item['input'])}; expected {_wanted(item)}")
     return "\n".join(lines)
+
+
+def _wanted(item: Mapping[str, Any]) -> str:
+    """What pydantic expected, without its class names."""
+    if item["type"] == "model_type":
+        return "a mapping of keys"
+    if item["type"].startswith("path"):
+        return "a path (a string)"
+    if item["type"] in ("too_short", "too_long"):
+        limits = item["ctx"]
+        bound = limits.get("min_length", limits.get("max_length"))
+        return f"{bound} item(s), found {limits['actual_length']}"
+    message: str = item["msg"]
+    return message.removeprefix("Input should be ").removeprefix("a valid ")
 
 
 def _same_key(override: str, dotted: str) -> bool:

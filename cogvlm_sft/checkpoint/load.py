@@ -1,0 +1,352 @@
+"""Checkpoint folders in, checkpoint folders out, and nothing in between left to chance.
+
+Loading looks at the folder first (configuration, every weight file, the name and shape of every
+tensor by the safetensors headers), so that a wrong folder is one clear message and not a model with
+fresh weights in it. Saving writes beside the target and renames, so a reader never meets half a
+checkpoint. Only safetensors is read: the older `.bin` files are pickles, which can run code.
+"""
+
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from cogvlm_sft.errors import CheckpointError
+from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMImageProcessor, CogVLMProcessor
+
+# Buffers that released files hold and newer exports may leave out; they are computed, never read.
+OPTIONAL_SUFFIX = "rotary_emb.inv_freq"
+_SHARD_SIZE = "5GB"  # as the released repositories are cut
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    attention: str = "sdpa",
+) -> CogVLMForCausalLM:
+    """Load a CogVLM from a folder in the released layout, every tensor accounted for.
+
+    Args:
+        path: folder with config.json and safetensors weights.
+        dtype: "float32", "bfloat16" or a torch dtype that the weights are held in.
+        attention: one of transformers' attention implementations, such as "sdpa".
+
+    Raises:
+        CheckpointError: the folder, its configuration or its weights are missing, damaged, or do
+            not fit a CogVLM; tensors that are missing, unexpected or misshapen are named.
+    """
+    folder = Path(path)
+    config = load_config(folder)
+    _check_tensors(folder, config)
+    try:
+        model, info = CogVLMForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=_torch_dtype(dtype),
+            attn_implementation=attention,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except (ImportError, ValueError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {error}") from None
+    problems = [
+        str(key)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for key in info[kind]
+        if not str(key).endswith(OPTIONAL_SUFFIX)
+    ]
+    if problems:
+        raise CheckpointError(f"{folder}: weights were not loaded whole: {_some(problems)}")
+    return model
+
+
+def build_model(
+    config: Mapping[str, Any],
+    *,
+    dtype: str | torch.dtype = "float32",
+    attention: str = "sdpa",
+) -> CogVLMForCausalLM:
+    """A model with fresh weights from configuration fields; seed torch before the call.
+
+    Raises:
+        CheckpointError: a field is unknown (the nearest known one is named) or sizes contradict.
+    """
+    model: CogVLMForCausalLM = CogVLMForCausalLM._from_config(
+        make_config(config), dtype=_torch_dtype(dtype), attn_implementation=attention
+    )
+    return model
+
+
+def make_config(fields: Mapping[str, Any], where: str = "model.config") -> CogVLMConfig:
+    """A configuration from its fields, unknown ones refused.
+
+    Raises:
+        CheckpointError: an unknown field, or sizes that contradict each other.
+    """
+    known = CogVLMConfig().to_dict()
+    known.update(num_multi_query_heads=None, rope_theta=None)
+    _refuse_unknown(fields, known, where)
+    vision = fields.get("vision_config") or {}
+    if not isinstance(vision, Mapping):
+        raise CheckpointError(f"{where}.vision_config is {vision!r}, expected a mapping")
+    _refuse_unknown(vision, known["vision_config"], f"{where}.vision_config")
+    try:
+        return CogVLMConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def load_config(folder: str | Path) -> CogVLMConfig:
+    """The configuration of a checkpoint folder.
+
+    Raises:
+        CheckpointError: no folder, no config.json, or one that is not a CogVLM's.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"checkpoint folder {path} does not exist; expected a folder in the released layout "
+            "(config.json and *.safetensors), given as a local path"
+        )
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no config.json, so it is not a checkpoint folder")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("vision_config"), dict):
+        raise CheckpointError(
+            f"{file}: no vision_config in it, so this is not a CogVLM "
+            f"(architectures: {raw.get('architectures') if isinstance(raw, dict) else None})"
+        )
+    return CogVLMConfig.from_pretrained(path, local_files_only=True)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a folder's weights, in the index's order.
+
+    Raises:
+        CheckpointError: there are none, a shard is missing, or only pickled `.bin` files are there.
+    """
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not an index of weights: {error!r}") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder}: {len(missing)} of {len(names)} weight files are missing "
+                f"({_some(missing)}); fetch them again"
+            )
+        return [folder / name for name in names]
+    if any(folder.glob("*.bin")):
+        raise CheckpointError(
+            f"{folder} holds only pickled .bin weights, which can run code when read; expected "
+            "*.safetensors"
+        )
+    raise CheckpointError(
+        f"{folder} holds no weights; expected model.safetensors or "
+        "model.safetensors.index.json with its shards"
+    )
+
+
+def load_processor(path: str | Path, tokenizer: str | Path | None = None) -> CogVLMProcessor:
+    """The processor of a checkpoint folder.
+
+    Args:
+        path: checkpoint folder; released ones hold no tokenizer.
+        tokenizer: tokenizer folder to use instead of the checkpoint's own.
+
+    Raises:
+        CheckpointError: neither folder holds a tokenizer.
+    """
+    folder = Path(path)
+    config = load_config(folder)
+    if tokenizer is None and (folder / "processor_config.json").is_file():
+        _check_tokenizer(folder)
+        processor: CogVLMProcessor = CogVLMProcessor.from_pretrained(folder, local_files_only=True)
+        return processor
+    return build_processor(config, folder if tokenizer is None else tokenizer)
+
+
+def build_processor(config: CogVLMConfig, tokenizer: str | Path) -> CogVLMProcessor:
+    """A processor for a configuration: its picture size and style, with a tokenizer folder.
+
+    Raises:
+        CheckpointError: the folder is missing or holds no tokenizer, or its vocabulary is larger
+            than the model's.
+    """
+    loaded = _load_tokenizer(Path(tokenizer))
+    if len(loaded) > config.vocab_size:
+        raise CheckpointError(
+            f"{tokenizer}: the tokenizer has {len(loaded)} tokens, the model's vocab_size is "
+            f"{config.vocab_size}; expected at most that many"
+        )
+    return CogVLMProcessor(
+        CogVLMImageProcessor.for_config(config), loaded, style=config.template_version
+    )
+
+
+def save_checkpoint(
+    model: CogVLMForCausalLM,
+    processor: CogVLMProcessor,
+    out: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write a checkpoint in the released layout, with tokenizer and processor beside the weights.
+
+    Everything is written into a hidden folder first. If `out` is new or empty it appears by one
+    rename; if it holds other files (a run's logs) the files are moved in one by one, config.json
+    last: a folder without it is no checkpoint to any reader.
+
+    Args:
+        model: the model, unwrapped.
+        processor: saved next to it.
+        out: target folder, holding no checkpoint yet.
+        dtype: the weights are written in this dtype; None keeps theirs.
+        state_dict: gathered weights of a sharded model, in place of the model's own.
+
+    Raises:
+        CheckpointError: `out` holds a checkpoint already, or cannot be written.
+    """
+    target = Path(out)
+    if (target / "config.json").exists():
+        raise CheckpointError(f"{target} already holds a checkpoint; choose another folder")
+    staging = target.parent / f".{target.name}.writing"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        weights = model.state_dict() if state_dict is None else dict(state_dict)
+        if dtype is not None:
+            wanted = _torch_dtype(dtype)
+            weights = {
+                name: tensor.to(wanted) if tensor.is_floating_point() else tensor
+                for name, tensor in weights.items()
+            }
+        model.save_pretrained(staging, state_dict=weights, max_shard_size=_SHARD_SIZE)
+        if dtype is not None:
+            _write_dtype(staging / "config.json", _torch_dtype(dtype))
+        processor.save_pretrained(staging)
+        _move_into_place(staging, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: the checkpoint cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _move_into_place(staging: Path, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        os.replace(staging, target)
+        return
+    for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, target / file.name)
+
+
+def _write_dtype(file: Path, dtype: torch.dtype) -> None:
+    """save_pretrained writes the module's dtype (fp32 masters), not that of the weights on disk."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_tensors(folder: Path, config: CogVLMConfig) -> None:
+    """Compare names and shapes in the safetensors headers with the model's, before loading.
+
+    Raises:
+        CheckpointError: a file is damaged, or tensors are missing, unexpected or misshapen.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    found[name] = tuple(tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file}: damaged or incomplete ({error}); fetch it again"
+            ) from None
+    with torch.device("meta"):
+        expected = {
+            name: tuple(tensor.shape)
+            for name, tensor in CogVLMForCausalLM(config).state_dict().items()
+        }
+    missing, unexpected = (
+        sorted(name for name in names if not name.endswith(OPTIONAL_SUFFIX))
+        for names in (expected.keys() - found.keys(), found.keys() - expected.keys())
+    )
+    misshapen = [
+        f"{name}: {found[name]} in the file, {shape} by config.json"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if missing or unexpected or misshapen:
+        raise CheckpointError(
+            f"{folder}: the weights do not fit config.json: {len(missing)} missing "
+            f"({_some(missing)}), {len(unexpected)} unexpected ({_some(unexpected)}), "
+            f"{len(misshapen)} misshapen ({_some(misshapen)})"
+        )
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    _check_tokenizer(folder)
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
+    return loaded
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"tokenizer folder {folder} does not exist")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise CheckpointError(
+            f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model); the released "
+            "CogVLM repositories carry none: give lmsys/vicuna-7b-v1.5's folder as the tokenizer"
+        )
+
+
+def _refuse_unknown(fields: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise CheckpointError(
+                f"{where}: unknown field {key!r}; did you mean {near[0]!r}? ({where} holds the "
+                "fields of config.json)"
+            )
+
+
+def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"unknown dtype {dtype!r}; expected float32 or bfloat16")
+    return found
+
+
+def _some(names: Any, limit: int = 3) -> str:
+    """The first few of many names, for a message."""
+    listed = [str(name) for name in names]
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return (", ".join(listed[:limit]) or "none") + more

@@ -1,0 +1,542 @@
+"""CogVLM native to transformers 5: a Llama-shaped decoder with a visual expert in every layer.
+
+Modules and parameters carry the released names, so that files need no mapping in either direction.
+The residual stream is kept as one flat run of real tokens, the language expert's before the visual
+expert's (`token_layout.Routing`, built once a forward pass): padding is not computed, each expert
+is an ordinary `nn.Linear` over a slice, and both run for every batch, on no rows if need be, so
+that gradients exist as zeros and sharded ranks stay in step. RMSNorm multiplies by its weight
+before the downcast, as the released code does and Llama does not. Rotary angles are computed in
+fp32 from the configuration; the `inv_freq` buffers exist because released files hold them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from cogvlm_sft.errors import ModelInputError
+
+from .configuration_cogvlm import CogVLMConfig
+from .generation_cogvlm import CogVLMGenerationMixin
+from .token_layout import (
+    Routing,
+    build_position_ids,
+    build_vision_expert_mask,
+    gather_rows,
+    plan,
+)
+from .vision_cogvlm import CogVLMVisionModel, attention_function
+
+IGNORE_INDEX = -100
+
+
+class CogVLMRMSNorm(nn.Module):
+    """RMSNorm in fp32, weight included, then cast back."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., width) to the same."""
+        normed = functional.rms_norm(
+            hidden_states.float(), self.weight.shape, self.weight.float(), self.eps
+        )
+        return normed.to(hidden_states.dtype)
+
+
+def inverse_frequencies(config: CogVLMConfig, device: torch.device | None = None) -> torch.Tensor:
+    """(head size / 2,) rotary frequencies in fp32, from the configuration's RoPE base."""
+    size = config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
+    return 1.0 / config.rope_base**exponents
+
+
+class CogVLMRotaryEmbedding(nn.Module):
+    """Holder of the `inv_freq` entry of released files; the angles do not come from it.
+
+    Released files store it in bf16, which bends the angles by up to 0.3 rad at position 256.
+    """
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: CogVLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=True)
+
+
+def _rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding, halves paired (NeoX): states (batch, heads, length, head size)."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cosine + torch.cat((-second, first), dim=-1) * sine
+
+
+def _by_expert(
+    language: nn.Module, vision: nn.Module, rows: torch.Tensor, routing: Routing
+) -> torch.Tensor:
+    """Applies each expert to its slice of the routed rows."""
+    if routing.single:
+        return language(rows)
+    parts = (language(rows[: routing.language]), vision(rows[routing.language :]))
+    return torch.cat(parts)
+
+
+class CogVLMAttention(nn.Module):
+    """Causal attention over all tokens, with QKV and output projection per expert."""
+
+    is_causal = True
+
+    def __init__(self, config: CogVLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        width = config.hidden_size
+        self.head_dim = width // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.widths = [width, *[config.num_key_value_heads * self.head_dim] * 2]
+        fused = sum(self.widths)
+        self.vision_expert_query_key_value = nn.Linear(width, fused, bias=config.is_cogvlm2)
+        self.vision_expert_dense = nn.Linear(width, width, bias=False)
+        self.language_expert_query_key_value = nn.Linear(width, fused, bias=False)
+        self.language_expert_dense = nn.Linear(width, width, bias=False)
+        self.rotary_emb = CogVLMRotaryEmbedding(config)
+
+    def forward(
+        self,
+        rows: torch.Tensor,
+        routing: Routing,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        read: Routing | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Routed rows (rows, hidden) to the same, or to the rows of `read` only.
+
+        Returns:
+            The output and the attention weights, where the implementation gives them.
+        """
+        fused = _by_expert(
+            self.language_expert_query_key_value, self.vision_expert_query_key_value, rows, routing
+        )
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in routing.scatter(fused).split(self.widths, dim=-1)
+        )
+        cosine, sine = (part.to(query.dtype) for part in position_embeddings)
+        query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = attention_function(self.config._attn_implementation)(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )
+        target = routing if read is None else read
+        gathered = target.gather(output.flatten(2))
+        dense = _by_expert(self.language_expert_dense, self.vision_expert_dense, gathered, target)
+        return dense, weights
+
+
+class CogVLMMLP(nn.Module):
+    """SwiGLU of one expert."""
+
+    def __init__(self, config: CogVLMConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, hidden) to the same."""
+        return self.down_proj(self.activation(self.gate_proj(rows)) * self.up_proj(rows))
+
+
+class CogVLMExpertMLP(nn.Module):
+    """The two experts' MLPs."""
+
+    def __init__(self, config: CogVLMConfig) -> None:
+        super().__init__()
+        self.language_mlp = CogVLMMLP(config)
+        self.vision_mlp = CogVLMMLP(config)
+
+    def forward(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Routed rows (rows, hidden) to the same."""
+        return _by_expert(self.language_mlp, self.vision_mlp, rows, routing)
+
+
+class CogVLMDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm decoder layer; the norms are shared by the experts."""
+
+    def __init__(self, config: CogVLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = CogVLMAttention(config, layer_idx)
+        self.mlp = CogVLMExpertMLP(config)
+        self.input_layernorm = CogVLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = CogVLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        rows: torch.Tensor,
+        routing: Routing,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        read: tuple[Routing, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Routed rows (rows, hidden) to the same.
+
+        Args:
+            rows: hidden states in the order of `routing`.
+            routing: which rows are whose, and where they stand in the batch.
+            position_embeddings: cosine and sine, (batch, 1, length, head size).
+            attention_mask: what `create_causal_mask` made.
+            past_key_values: cache to read and extend.
+            read: route of the only tokens whose output is read, and their rows in `routing`: keys
+                and values are computed for all tokens, what follows attention for these.
+            **kwargs: for the attention implementation.
+        """
+        attended, _ = self.self_attn(
+            self.input_layernorm(rows),
+            routing,
+            position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            read=None if read is None else read[0],
+            **kwargs,
+        )
+        if read is not None:
+            routing, kept = read
+            rows = gather_rows(rows, kept)
+        rows = rows + attended
+        return rows + self.mlp(self.post_attention_layernorm(rows), routing)
+
+
+class CogVLMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config: CogVLMConfig
+    config_class = CogVLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CogVLMDecoderLayer", "CogVLMVisionLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"self_attn\.rotary_emb\.inv_freq$"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"attentions": CogVLMAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal with `initializer_range` for linears, embeddings, cls, boi and eoi; norms 1, 0."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, CogVLMVisionModel):
+            init.normal_(module.boi, mean=0.0, std=std)
+            init.normal_(module.eoi, mean=0.0, std=std)
+        elif hasattr(module, "cls_embedding"):
+            init.normal_(module.cls_embedding, mean=0.0, std=std)
+        elif isinstance(module, CogVLMRotaryEmbedding):
+            init.copy_(module.inv_freq, inverse_frequencies(module.config))
+
+
+class CogVLMModel(CogVLMPreTrainedModel):
+    """Embeddings, pictures and decoder layers, up to the final norm."""
+
+    def __init__(self, config: CogVLMConfig) -> None:
+        super().__init__(config)
+        # As released: the pad row takes no gradient. It must, where pad is also a token of its own.
+        eos = (
+            config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        )
+        pad = None if config.pad_token_id in (config.bos_token_id, *eos) else config.pad_token_id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad)
+        self.layers = nn.ModuleList(
+            CogVLMDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = CogVLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.vision = CogVLMVisionModel(config)
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        read_places: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Runs the backbone.
+
+        Args:
+            input_ids: (batch, length); image placeholders may hold any id.
+            attention_mask: (batch, seen + length), 1 on real tokens; None means that all are.
+            token_type_ids: 1 on image blocks, (batch, seen + length), or (batch, length) if
+                `position_ids` are given too; None means text only.
+            position_ids: (batch, length); None builds CogVLM's.
+            pixel_values: (images in the batch, 3, side, side), batch-major.
+            past_key_values: cache with the `seen` tokens.
+            inputs_embeds: (batch, length, hidden) in place of `input_ids`.
+            use_cache: whether to return a cache; None: as configured, but never in training.
+            output_hidden_states: whether to return the states around every layer.
+            read_places: (reads,) ascending places `row * length + column` of real tokens: the last
+                layer computes its output there only.
+            **kwargs: for the attention implementation (and `output_attentions`, `return_dict`).
+
+        Returns:
+            `last_hidden_state` (batch, length, hidden), zero at padding; or (reads, hidden).
+
+        Raises:
+            ModelInputError: tokens and images contradict each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ModelInputError("expected exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, length, _ = inputs_embeds.shape
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        mask = attention_mask if attention_mask is None or attention_mask.dim() == 2 else None
+        if token_type_ids is None and not seen:
+            token_type_ids = torch.zeros(batch, length, dtype=torch.long, device=self.device)
+        if position_ids is None:
+            if token_type_ids is None or token_type_ids.shape[1] != seen + length:
+                covered = 0 if token_type_ids is None else token_type_ids.shape[1]
+                raise ModelInputError(
+                    f"token_type_ids cover {covered} tokens; expected all {seen + length} ({seen} in the cache, {length} new): "
+                    "positions behind a picture depend on them (or pass position_ids)"
+                )
+            position_ids = build_position_ids(token_type_ids, mask)[:, -length:]
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(batch, length, dtype=torch.long, device=self.device)
+
+        if pixel_values is not None and pixel_values.shape[0] == 0:
+            pixel_values = None
+        if seen and length == 1 and pixel_values is None and not torch.is_grad_enabled():
+            routing = Routing(batch, length, batch, None, single=True)
+        else:
+            routing, places, right = plan(
+                token_type_ids[:, -length:],
+                None if mask is None else mask[:, -length:],
+                self.config.num_image_tokens,
+                0 if pixel_values is None else pixel_values.shape[0],
+            )
+            inputs_embeds = self._place_images(inputs_embeds, pixel_values, places)
+            if mask is not None and not seen and right and not self._uses_flash():
+                attention_mask = None  # causal attention alone hides what stands on the right
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            # Never position_ids: shared image positions would be read as document breaks.
+        )
+        rows = routing.gather(inputs_embeds)
+        position_embeddings = self._angles(position_ids)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = [inputs_embeds] if output_hidden_states else []
+        read, back = None, None
+        for index, layer in enumerate(self.layers):
+            if index == len(self.layers) - 1 and read_places is not None:
+                *route, back = routing.only(read_places)
+                read = tuple(route)
+            rows = layer(
+                rows,
+                routing,
+                position_embeddings,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                read=read,
+                **kwargs,
+            )
+            if output_hidden_states and index < len(self.layers) - 1:
+                states.append(routing.scatter(rows))
+        rows = self.norm(rows)
+        if read_places is None:
+            hidden = routing.scatter(rows)
+        else:
+            hidden = rows if back is None else gather_rows(rows, back)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
+        )
+
+    def _place_images(
+        self,
+        inputs_embeds: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        places: torch.Tensor,
+    ) -> torch.Tensor:
+        """Puts the image features over their placeholders, or adds their zero without images."""
+        if pixel_values is None:
+            return inputs_embeds + self.vision.without_images().to(inputs_embeds)
+        features = self.vision(pixel_values).flatten(0, 1).to(inputs_embeds)
+        flat = inputs_embeds.flatten(0, 1)
+        return flat.index_copy(0, places, features).view_as(inputs_embeds)
+
+    def _uses_flash(self) -> bool:
+        return "flash" in (self.config._attn_implementation or "")
+
+    def _angles(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine in fp32, (batch, 1, length, head size)."""
+        with torch.no_grad(), torch.autocast(position_ids.device.type, enabled=False):
+            frequencies = inverse_frequencies(self.config, position_ids.device)
+            angles = position_ids[:, None, :, None].float() * frequencies
+            angles = torch.cat((angles, angles), dim=-1)
+            return angles.cos(), angles.sin()
+
+
+class CogVLMForCausalLM(CogVLMPreTrainedModel, CogVLMGenerationMixin):
+    """CogVLM with its language modelling head: training and `generate()`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: CogVLMConfig) -> None:
+        super().__init__(config)
+        self.model = CogVLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        supervised_only: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Runs the model; see `CogVLMModel.forward` for the inputs not named here.
+
+        Args:
+            input_ids: (batch, length).
+            attention_mask: (batch, seen + length).
+            token_type_ids: (batch, seen + length).
+            position_ids: (batch, length).
+            pixel_values: (images in the batch, 3, side, side), batch-major.
+            labels: (batch, length), token to predict *at* each position (shifted here), or -100.
+            past_key_values: cache.
+            inputs_embeds: (batch, length, hidden).
+            use_cache: whether to return a cache.
+            logits_to_keep: logits of the last so many positions only (0: all), or of these.
+            supervised_only: compute the head, and what of the last layer nobody else reads, only
+                where the shifted label is not -100. Same loss and gradients; `logits` is None.
+            num_items_in_batch: divisor of the summed loss; None: the labels counted here.
+            **kwargs: for the backbone.
+
+        Returns:
+            Loss (fp32 cross-entropy), logits, cache.
+
+        Raises:
+            ModelInputError: tokens and images contradict each other, or `supervised_only` comes
+                without labels.
+        """
+        targets = None if labels is None else _shift(labels, attention_mask)
+        read_places = None
+        if supervised_only:
+            if targets is None:
+                raise ModelInputError("supervised_only=True needs labels; pass them")
+            read_places = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            pixel_values=pixel_values,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            read_places=read_places,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if supervised_only:
+            assert targets is not None and read_places is not None
+            loss = _loss(self.lm_head(hidden), targets.flatten()[read_places], num_items_in_batch)
+        elif targets is not None:
+            logits = self.lm_head(hidden)
+            loss = _loss(logits.flatten(0, 1), targets.flatten(), num_items_in_batch)
+        if logits is not None or not supervised_only:
+            keep = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            logits = self.lm_head(hidden[:, keep]) if logits is None else logits[:, keep]
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _shift(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(batch, length) label of the next token, -100 in the last column and at padding."""
+    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = attention_mask[:, -labels.shape[1] :].to(torch.bool)
+        targets = targets.masked_fill(~real, IGNORE_INDEX)
+    return targets
+
+
+def _loss(
+    logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Cross-entropy in fp32 over (rows, vocabulary), summed and divided; 0 without a target."""
+    total = functional.cross_entropy(
+        logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    if num_items is None:
+        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+    return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)
+
+
+__all__ = [
+    "CogVLMForCausalLM",
+    "CogVLMModel",
+    "CogVLMPreTrainedModel",
+    "build_position_ids",
+    "build_vision_expert_mask",
+]

@@ -1,0 +1,1 @@
+"""Training by a recipe; `cogvlm_sft.training.run.train` is the way in."""

@@ -1,0 +1,248 @@
+"""One call from a recipe to a checkpoint: check, load, train, write.
+
+The order is by cost: the recipe, the output folder, paths and memory, a sample of the data, and
+only then the weights. What the run writes: `recipe.yaml` (resolved), `metrics.jsonl`, `snapshots/`,
+and at the end the checkpoint in the released layout with tokenizer and processor, and `loss.png`.
+A run that is stopped or fails leaves no checkpoint that could be taken for a finished one.
+"""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from cogvlm_sft.checkpoint.load import build_model, load_model, save_checkpoint
+from cogvlm_sft.data.collator import CogVLMCollator
+from cogvlm_sft.data.mixture import ConversationDataset
+from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
+from cogvlm_sft.recipe import Recipe
+from cogvlm_sft.training import snapshots
+from cogvlm_sft.training.preflight import (
+    RECIPE_FILE,
+    check_data,
+    check_output,
+    check_ready,
+    processor_for,
+)
+from cogvlm_sft.training.telemetry import (
+    LogWindows,
+    MetricsFile,
+    Progress,
+    StopOnSignal,
+    TrainingStopped,
+    plot_loss,
+    read_metrics,
+)
+from cogvlm_sft.training.trainer import CogVLMTrainer, training_arguments
+from cogvlm_sft.tune.groups import group_table, set_trainable, summarize_groups
+
+METRICS_FILE = "metrics.jsonl"
+LOSS_PICTURE = "loss.png"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        output: folder of the checkpoint.
+        steps: optimizer steps of the whole run, those before a resume included.
+        final_loss: training loss of the last logged window.
+        held_out_loss: on data.validation after the last step; None without one.
+        seconds: wall-clock of this call.
+    """
+
+    output: Path
+    steps: int
+    final_loss: float
+    held_out_loss: float | None
+    seconds: float
+
+
+def train(recipe: Recipe) -> TrainResult:
+    """Train by a recipe, going on from the newest complete snapshot where there is one.
+
+    Every process of a distributed launch calls this; the first one writes.
+
+    Raises:
+        RecipeError: the recipe cannot run here, or its output folder is taken.
+        DataError: a conversation or picture is unusable.
+        CheckpointError: weights are damaged, or a snapshot cannot be written.
+        TrainingStopped: SIGTERM or SIGINT; a snapshot was saved. It exits with 128 + the signal.
+    """
+    started = time.monotonic()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    first = int(os.environ.get("RANK", "0")) == 0
+    recipe.accumulation_steps(world_size)
+    resume_from = check_output(recipe)
+    check_ready(recipe, world_size)
+    processor = processor_for(recipe)
+    dataset = _dataset(recipe, processor, [(s.path, s.weight) for s in recipe.data.train])
+    held_out = None
+    if recipe.data.validation is not None:
+        held_out = _dataset(recipe, processor, [(recipe.data.validation, 1.0)])
+    counts = check_data(dataset, recipe)
+    with _deterministic(), _fresh_output(recipe.train.output, first):
+        set_seed(recipe.train.seed)
+        model = _model(recipe)
+        rates = recipe.tune.trainable()
+        set_trainable(model, rates)
+        _hold_frozen(model, getattr(torch, recipe.model.dtype))
+        if first:
+            _announce(recipe, model, counts, resume_from)
+            _write_recipe(recipe)
+            snapshots.remove_leftovers(recipe.train.output)
+        stop, progress = StopOnSignal(), Progress()
+        trainer = CogVLMTrainer(
+            model,
+            processor,
+            training_arguments(recipe, world_size),
+            train_dataset=dataset,
+            eval_dataset=held_out,
+            collator=CogVLMCollator(processor),
+            rates=rates,
+            callbacks=[
+                stop,
+                LogWindows(),
+                progress,
+                MetricsFile(recipe.train.output / METRICS_FILE),
+            ],
+            keep_snapshots=recipe.train.keep_snapshots,
+        )
+        try:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        finally:
+            stop.restore()
+            progress.close()
+        if trainer.state.global_step < recipe.train.iterations:
+            newest = snapshots.snapshots(recipe.train.output)
+            raise TrainingStopped(
+                stop.received or 0, trainer.state.global_step, newest[-1] if newest else None
+            )
+        return _finish(trainer, model, processor, recipe, started)
+
+
+def _finish(
+    trainer: CogVLMTrainer,
+    model: CogVLMForCausalLM,
+    processor: CogVLMProcessor,
+    recipe: Recipe,
+    started: float,
+) -> TrainResult:
+    """Held-out loss, checkpoint, loss curve."""
+    output = recipe.train.output
+    held_out = None
+    if trainer.eval_dataset is not None:
+        held_out = trainer.evaluate()["eval_loss"]
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    metrics = output / METRICS_FILE
+    final_loss = float("nan")
+    if trainer.accelerator.is_main_process:
+        losses = [row["loss"] for row in read_metrics(metrics) if "loss" in row]
+        final_loss = losses[-1] if losses else final_loss
+        plot_loss(metrics, output / LOSS_PICTURE, Path(recipe.source).stem)
+        save_checkpoint(model, processor, output, dtype=recipe.model.dtype, state_dict=weights)
+    trainer.accelerator.wait_for_everyone()
+    return TrainResult(
+        output=output,
+        steps=trainer.state.global_step,
+        final_loss=final_loss,
+        held_out_loss=held_out,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _dataset(
+    recipe: Recipe, processor: CogVLMProcessor, sources: list[tuple[Path, float]]
+) -> ConversationDataset:
+    return ConversationDataset(
+        sources=sources,
+        processor=processor,
+        image_root=recipe.data.image_root,
+        max_length=recipe.data.max_length,
+        loss_on=recipe.data.loss_on,
+    )
+
+
+def _model(recipe: Recipe) -> CogVLMForCausalLM:
+    section = recipe.model
+    if section.checkpoint is not None:
+        return load_model(section.checkpoint, dtype=section.dtype, attention=section.attention)
+    return build_model(section.config or {}, attention=section.attention)
+
+
+def _hold_frozen(model: CogVLMForCausalLM, dtype: torch.dtype) -> None:
+    """Fresh weights are drawn in fp32; what will not learn is held in the recipe's dtype."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _announce(
+    recipe: Recipe, model: CogVLMForCausalLM, counts: dict[str, int], resume_from: Path | None
+) -> None:
+    """The start-up table and what the run is about to do."""
+    train = recipe.train
+    summaries = summarize_groups(
+        model, learning_rate=train.learning_rate, rates=recipe.tune.trainable()
+    )
+    print(group_table(summaries))
+    print(
+        f"data: {counts['conversations']:,} conversations, longest of {counts['sampled']} sampled "
+        f"{counts['longest']} tokens"
+    )
+    print(
+        f"run: {train.iterations:,} steps of {train.global_batch_size} conversations into "
+        f"{train.output}, "
+        + (f"going on from {resume_from.name}" if resume_from else "from step 0"),
+        flush=True,
+    )
+
+
+def _write_recipe(recipe: Recipe) -> None:
+    """The resolved recipe, written beside and renamed; a resumed run has it already."""
+    file = recipe.train.output / RECIPE_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".writing")
+    beside.write_text(f"# resolved from {recipe.source}\n{recipe.to_yaml()}", encoding="utf-8")
+    beside.replace(file)
+
+
+@contextlib.contextmanager
+def _fresh_output(output: Path, first: bool) -> Iterator[None]:
+    """A run that fails before its first snapshot takes its own output folder away again."""
+    existed = output.exists()
+    try:
+        yield
+    except BaseException:
+        if first and not existed and not snapshots.snapshots(output):
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """The same seed gives the same weights, bit for bit, on a CPU.
+
+    On a GPU deterministic kernels cost speed and some do not exist, so there the order of the data
+    and the initial weights are the same, and sums agree up to rounding.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)
+        # Filling fresh memory only serves to find bugs, and costs a pass over every tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -1,0 +1,225 @@
+"""Watching a run: progress bar, `metrics.jsonl`, loss curve, and the signals that end it early.
+
+Nothing leaves the machine unless `train.report_to` names a service. A run that is told to stop
+(SIGTERM from a scheduler, SIGINT from a keyboard) finishes its step, writes a snapshot and ends
+with 128 + the signal's number, as a shell would say it; a second signal ends it at once.
+"""
+
+import json
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class TrainingStopped(SystemExit):
+    """A run was stopped by a signal after it saved a snapshot; exits with 128 + the signal."""
+
+    def __init__(self, signal_number: int, step: int, snapshot: Path | None) -> None:
+        """`step` is the last one that was trained, `snapshot` where the run goes on from."""
+        super().__init__(128 + signal_number)
+        self.signal_number, self.step, self.snapshot = signal_number, step, snapshot
+
+
+class StopOnSignal(TrainerCallback):
+    """Turns SIGTERM and SIGINT into: finish the step, save, stop.
+
+    transformers' own handling saves, trains one step more and returns as if the run were complete;
+    with several processes each acts on its own clock. Here the processes agree after every step.
+    """
+
+    def __init__(self) -> None:
+        """Handlers are installed from the start of training to its end."""
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Install the handlers; Python allows it in the main thread only."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.restore()
+        print(
+            f"\n{signal.Signals(number).name}: saving a snapshot after this step, then stopping",
+            file=sys.stderr,
+        )
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """All processes stop at the same step, or none."""
+        if distributed.is_available() and distributed.is_initialized():
+            flag = torch.tensor(self.received or 0, device=args.device)
+            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+            self.received = int(flag.item()) or None
+        if self.received is not None:
+            control.should_save = control.should_log = True
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Training is over, finished or stopped."""
+        self.restore()
+
+
+class LogWindows(TrainerCallback):
+    """Logs at every snapshot and at the last step too, so that resuming never splits a mean."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """`should_save` was set before this by transformers' own flow callback."""
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class Progress(TrainerCallback):
+    """One bar on stderr: steps, time left, rate, and the latest loss."""
+
+    def __init__(self) -> None:
+        """The bar is opened when training begins."""
+        self._bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Open the bar at the step that a resumed run goes on from."""
+        if state.is_world_process_zero:
+            terminal = sys.stderr.isatty()
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit="step",
+                dynamic_ncols=terminal,
+                # A log file gets a line now and then, not ten a second.
+                mininterval=0.2 if terminal else 10.0,
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """One step further."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show the figures that matter while waiting."""
+        if self._bar is None or not logs:
+            return
+        shown = {}
+        if "loss" in logs:
+            shown = {"loss": f"{logs['loss']:.4f}", "rate": f"{logs['learning_rate']:.2e}"}
+            if "conversations_per_second" in logs:
+                shown["conversations/s"] = f"{logs['conversations_per_second']:.1f}"
+        elif "eval_loss" in logs:
+            shown = {"held-out loss": f"{logs['eval_loss']:.4f}"}
+        if shown:
+            self._bar.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        """Close the bar; also after a failure, so that the message stands on a line of its own."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every logged figure to `metrics.jsonl`, one JSON object a line.
+
+    A resumed run drops the lines after the snapshot it goes on from, so that each step stands once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """`path` is made when the first figure is logged."""
+        self.path = path
+        self._start = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Drop what a killed run logged after its last snapshot."""
+        self._start = time.monotonic()
+        if state.is_world_process_zero and self.path.is_file():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            beside = self.path.with_suffix(".writing")
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(self.path)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write a training or held-out figure; transformers' closing summary is left out."""
+        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
+            return
+        row = {"step": state.global_step, **logs}
+        row.pop("epoch", None)  # the sampler knows no epochs
+        row["seconds"] = round(time.monotonic() - self._start, 3)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_loss(metrics: Path, picture: Path, title: str) -> Path:
+    """Draw the training (and held-out) loss of a metrics file as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(metrics)
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, label in (("loss", "training"), ("eval_loss", "held-out")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            marker = "o" if len(points) == 1 or key == "eval_loss" else None
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
+    axes.set(xlabel="step", ylabel="loss per supervised token", title=title)
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    figure.savefig(picture)
+    return picture

@@ -1,0 +1,381 @@
+"""`CogVLMTrainer`: TRL's SFTTrainer, with what a CogVLM run needs and nothing else.
+
+What it adds: a learning rate per parameter group, fp32 trainable weights, the loss at supervised
+positions only, a sampler that runs across epoch ends, and snapshots that are whole or absent
+(`snapshots.py`). Model, processor, dataset and collator come as objects. TRL 1.16 wants a
+`datasets.Dataset` and prepares it; ours is a torch dataset that encodes on demand, so TRL is shown
+one placeholder row and the real dataset is put in its place. TRL also patches `model.forward` with
+a fused head; the patch hands every call without `fused_lm_head` to the class's own forward, and
+`compute_loss` here never passes it.
+"""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from cogvlm_sft.errors import CheckpointError
+from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
+from cogvlm_sft.recipe import Recipe
+from cogvlm_sft.training import snapshots
+from cogvlm_sft.tune.groups import parameter_groups
+
+# transformers writes its arguments as a pickle beside the weights; the recipe says the same.
+_PICKLED_ARGUMENTS = "training_args.bin"
+
+
+class GlobalBatchSampler(Sampler[int]):
+    """Conversation numbers for a whole run: one shuffled pass after another, without a seam.
+
+    A pass that ends inside a step is continued by the next one, so that every step holds exactly
+    the global batch (stock Trainer shortens the last step of each epoch). Each pass is shuffled by
+    a generator of its own, seeded by (seed, pass), so the order depends neither on the number of
+    processes nor on where a run was resumed.
+    """
+
+    def __init__(self, size: int, total: int, seed: int) -> None:
+        """`size` conversations, of which `total` are drawn over the run."""
+        self.size, self.total, self.seed = size, total, seed
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        for start in range(0, self.total, self.size):
+            generator = torch.Generator()
+            # Distinct for each (seed, pass); both stay far below 2**31.
+            generator.manual_seed(self.seed * 1_000_003 + start // self.size)
+            order = torch.randperm(self.size, generator=generator).tolist()
+            yield from order[: self.total - start]
+
+
+class CogVLMTrainer(SFTTrainer):
+    """Fine-tuning of a CogVLM by a recipe's groups, rates and schedule."""
+
+    def __init__(
+        self,
+        model: CogVLMForCausalLM,
+        processor: CogVLMProcessor,
+        args: SFTConfig,
+        *,
+        train_dataset: Dataset[Any],
+        collator: Callable[[list[Any]], Mapping[str, Any]],
+        rates: Mapping[str, float],
+        eval_dataset: Dataset[Any] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        keep_snapshots: int = 2,
+    ) -> None:
+        """Set up a run.
+
+        Args:
+            model: frozen parts have `requires_grad=False` already (`tune.set_trainable`).
+            processor: saved with every snapshot.
+            args: see `training_arguments`.
+            train_dataset: map-style, one encoded conversation an item.
+            collator: list of items to a batch with `labels`.
+            rates: multiple of `args.learning_rate` for each trainable parameter group.
+            eval_dataset: held-out conversations for `evaluate`.
+            callbacks: progress, metrics, signals.
+            keep_snapshots: how many complete snapshots stay on the disk.
+        """
+        placeholder = datasets.Dataset.from_dict({"images": [[""]]})
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=placeholder,
+            eval_dataset=None if eval_dataset is None else placeholder,
+            processing_class=processor,
+            callbacks=list(callbacks),
+        )
+        self.remove_callback(PrinterCallback)
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.rates = dict(rates)
+        self.keep_snapshots = keep_snapshots
+        # The model divides its summed loss by what we pass, and labels are shifted inside: the
+        # two facts transformers would otherwise guess from the class's signature and name.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self._saving_into: Path | None = None
+        self._rates_of_step: dict[str, float] = {}
+        self._last_log = (time.monotonic(), 0)
+        hold_trainable_in_fp32(model)
+
+    def _send_telemetry(self) -> None:
+        """TRL reports each run to its authors; we do not."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        per_step = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+        return GlobalBatchSampler(len(dataset), args.max_steps * per_step, args.seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over group x decay; FSDP passes the sharded `model` it prepared."""
+        if self.optimizer is None:
+            args = self.args
+            groups = parameter_groups(
+                self.model if model is None else model,
+                learning_rate=args.learning_rate,
+                rates=self.rates,
+                weight_decay=args.weight_decay,
+            )
+            self.optimizer = torch.optim.AdamW(
+                groups,
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                fused=True,
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Linear warm-up, then cosine to zero or constant; the ratio of the groups never changes.
+
+        The first step has 1/warm-up of the rate, not 0 as in transformers' schedules, where it
+        trains nothing.
+        """
+        if self.lr_scheduler is None:
+            factor = rate_schedule(
+                str(self.args.lr_scheduler_type.value),
+                self.args.get_warmup_steps(num_training_steps),
+                num_training_steps,
+            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer if optimizer is None else optimizer, factor
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Summed loss over supervised positions / supervised tokens of the global batch.
+
+        Args:
+            model: wrapped for the devices in use.
+            inputs: a batch of the collator.
+            return_outputs: also return the model's output (its logits are None).
+            num_items_in_batch: supervised tokens over all micro-batches and processes of the step;
+                None takes the mean over this batch.
+        """
+        outputs = model(
+            **inputs,
+            use_cache=False,
+            supervised_only=True,
+            num_items_in_batch=num_items_in_batch,
+        )
+        loss = outputs.loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The data-parallel wrapper averages gradients over processes; ours is already a mean.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out loss: the mean over all supervised tokens of the validation set.
+
+        With several processes the last batches are filled up with repeated conversations.
+        """
+        was_training = self.model.training
+        model = self.model_wrapped
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in self.get_eval_dataloader(eval_dataset):
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = model(
+                    **inputs, use_cache=False, supervised_only=True, num_items_in_batch=1
+                ).loss
+            sums[0] += loss.double()
+            sums[1] += (inputs["labels"][..., 1:] != -100).sum()
+        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        model.train(was_training)
+        metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _get_learning_rate(self) -> float:
+        # Called between the optimizer's step and the scheduler's: these are the rates of the step.
+        self._rates_of_step = {
+            group["group"]: group["lr"] for group in self.optimizer.param_groups if "group" in group
+        }
+        return super()._get_learning_rate()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each group's rate and the speed since the last log to a training step's figures."""
+        if "loss" in logs:
+            logs |= {f"lr/{group}": rate for group, rate in self._rates_of_step.items()}
+            now, step = time.monotonic(), self.state.global_step
+            then, previous = self._last_log
+            per_step = self.get_total_train_batch_size(self.args)
+            if step > previous:
+                logs["conversations_per_second"] = (step - previous) * per_step / (now - then)
+            self._last_log = (now, step)
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the clock of the first speed figure starts here."""
+        self._last_log = (time.monotonic(), 0)
+        return super().train(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._saving_into or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a snapshot beside its place and rename it; older ones go only after that.
+
+        Raises:
+            CheckpointError: the disk is full or not writable; the last good snapshot stays.
+        """
+        output, step = Path(self.args.output_dir), self.state.global_step
+        staging = snapshots.staging_folder(output)
+        main = self.accelerator.is_main_process
+        try:
+            if main:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self._saving_into = staging
+            # Trainer's, not SFTTrainer's, which writes a model card into the output first.
+            Trainer._save_checkpoint(self, model, trial)
+            self.accelerator.wait_for_everyone()
+            if main:
+                snapshots.publish(
+                    staging / f"checkpoint-{step}", snapshots.snapshot_folder(output, step)
+                )
+                snapshots.rotate(output, self.keep_snapshots)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch reports a full disk as RuntimeError, safetensors as its own error.
+            last = [path.name for path in snapshots.snapshots(output)]
+            raise CheckpointError(
+                f"{output}: the snapshot of step {step} cannot be written: {error}; "
+                f"the last one is {last[-1] if last else 'none'}"
+            ) from error
+        finally:
+            self._saving_into = None
+            if main:
+                shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if output_dir is not None:
+            Path(output_dir, _PICKLED_ARGUMENTS).unlink(missing_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            snapshots.load_weights(
+                self.model if model is None else model, Path(resume_from_checkpoint)
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        names = [group.get("name") for group in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{checkpoint}: its optimizer does not fit: {error}") from error
+        loaded = [group.get("name") for group in self.optimizer.param_groups]
+        if loaded != names:
+            raise CheckpointError(
+                f"{checkpoint}: its optimizer has the groups {loaded}, this run has {names}"
+            )
+
+
+def rate_schedule(kind: str, warmup: int, total: int) -> Callable[[int], float]:
+    """Factor on every group's rate at a step (from 0): warm-up, then cosine to 0 or constant."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if kind != "cosine":
+            return 1.0
+        done = (step - warmup) / max(1, total - warmup)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+    return factor
+
+
+def hold_trainable_in_fp32(model: nn.Module) -> None:
+    """Cast what learns to fp32, in place.
+
+    At lr 1e-5 an AdamW update is below half a bf16 step for most weights: held in bf16, about one
+    entry in ten moves in 20 steps. Frozen weights keep their dtype; autocast does the products.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
+    """The recipe's `train` section in TRL's words."""
+    train = recipe.train
+    cuda = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=os.fspath(train.output),
+        max_steps=train.iterations,
+        per_device_train_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=recipe.accumulation_steps(world_size),
+        learning_rate=train.learning_rate,
+        lr_scheduler_type="cosine" if train.schedule == "cosine" else "constant_with_warmup",
+        warmup_steps=train.warmup_iterations,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.betas[0],
+        adam_beta2=train.betas[1],
+        adam_epsilon=train.epsilon,
+        max_grad_norm=train.max_grad_norm or 0.0,
+        seed=train.seed,
+        data_seed=train.seed,
+        save_strategy="steps",
+        save_steps=train.save_every,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        # A loss that is not a number must be seen, not replaced by an average.
+        logging_nan_inf_filter=False,
+        report_to=train.report_to,
+        bf16=recipe.model.dtype == "bfloat16",
+        use_cpu=not cuda,
+        dataloader_num_workers=recipe.data.workers,
+        dataloader_pin_memory=cuda,
+        per_device_eval_batch_size=recipe.evaluate.batch_size if recipe.evaluate else 8,
+        eval_strategy="steps" if recipe.evaluate else "no",
+        eval_steps=recipe.evaluate.every if recipe.evaluate else None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        activation_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing=None,
+        # Every part runs for every batch, also one without images (design of the model).
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+    )

@@ -1,0 +1,330 @@
+"""Reads annotation files as a stream of record batches, whatever their size and JSON shape.
+
+Notable choice: a large JSON array is cut at record boundaries that are *proved*, not guessed. A
+prefix of the file that ends in `}` before `,{` is parsed by orjson with the array closed behind it;
+JSON is deterministic from left to right, so a prefix that parses is a true boundary. This runs at
+orjson's speed with one buffer in memory, where an event parser costs ten times as much. Objects
+that wrap an array or map ids to records go through ijson. A file that ends early or holds a syntax
+error raises `DataError` with the byte.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ijson
+import orjson
+
+from cogvlm_sft.errors import DataError
+
+CHUNK = 4 << 20
+ROWS = 2000
+_LONGEST_RECORD = 256 << 20
+_BOM = b"\xef\xbb\xbf"
+_SPACE = b" \t\r\n"
+_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],]', re.DOTALL)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Consecutive records of one file.
+
+    Attributes:
+        file: Base name of the file; ids and messages carry it.
+        start: Index of the first record in the file.
+        records: The decoded records.
+        raw: The same records as JSON array text, cheaper to send to a worker; None where the
+            records did not come from a plain array.
+    """
+
+    file: str
+    start: int
+    records: list[Any]
+    raw: bytes | None = None
+
+
+def require_file(path: Path, what: str = "annotation file") -> Path:
+    """The path itself, if it is a file that can be read.
+
+    Raises:
+        DataError: It is missing, a folder, or empty.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such {what}; `cogvlm-sft data sources` lists what to fetch")
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, expected an {what}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the {what} is empty (0 bytes); fetch it again")
+    return path
+
+
+def read_records(path: Path, wrappers: tuple[str, ...] = ()) -> Iterator[Batch]:
+    """Batches of an array, of JSON Lines, or of an array inside an object.
+
+    Args:
+        path: The file.
+        wrappers: Keys under which the data set is known to wrap its array.
+
+    Raises:
+        DataError: The file is missing, truncated (with the byte), or of another shape.
+    """
+    require_file(path)
+    with path.open("rb") as stream:
+        offset = _skip_space(stream)
+        head = stream.read(1)
+        if head == b"[":
+            yield from _array(path, stream, offset + 1)
+            return
+        stream.seek(offset)
+        if head == b"{":
+            if _is_lines(path, stream, offset):
+                yield from _lines(path, stream, offset)
+            else:
+                yield from _wrapped(path, wrappers)
+            return
+    found = "nothing but white space" if not head else f"byte {head!r}"
+    raise DataError(
+        f"{path}: expected a JSON array, object or JSON Lines, found {found} at byte {offset}"
+    )
+
+
+def read_mapping(path: Path, under: str = "") -> Iterator[tuple[str, Any]]:
+    """Key and value pairs of an object, streamed.
+
+    Args:
+        path: The file.
+        under: Key of the object to walk; empty for the top level.
+
+    Raises:
+        DataError: The file is missing, truncated (with the byte), or not an object.
+    """
+    require_file(path)
+    with path.open("rb") as stream:
+        offset = _skip_space(stream)
+        head = stream.read(1)
+        if head != b"{":
+            raise DataError(f"{path}: expected a JSON object at byte {offset}, found {head!r}")
+        stream.seek(offset)
+        try:
+            yield from ijson.kvitems(stream, under, use_float=True)
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise _broken(path, error) from None
+
+
+def _skip_space(stream: BinaryIO) -> int:
+    offset = 3 if stream.read(3) == _BOM else 0
+    stream.seek(offset)
+    while (byte := stream.read(1)) and byte in _SPACE:
+        offset += 1
+    stream.seek(offset)
+    return offset
+
+
+def _is_lines(path: Path, stream: BinaryIO, offset: int) -> bool:
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return True
+    first = stream.readline(1 << 20)
+    following = stream.read(256).lstrip()
+    stream.seek(offset)
+    try:
+        return isinstance(orjson.loads(first), dict) and following.startswith(b"{")
+    except orjson.JSONDecodeError:
+        return False
+
+
+def _lines(path: Path, stream: BinaryIO, offset: int) -> Iterator[Batch]:
+    records: list[Any] = []
+    start = index = 0
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            try:
+                records.append(_loads(line))
+            except ValueError as error:
+                raise DataError(
+                    f"{path}:{number}: not valid JSON at byte {offset + _byte(error)} "
+                    f"({_why(error)}); the line is broken or the file is truncated"
+                ) from None
+            index += 1
+        offset += len(line)
+        if len(records) == ROWS:
+            yield Batch(path.name, start, records)
+            records, start = [], index
+    if records:
+        yield Batch(path.name, start, records)
+
+
+def _wrapped(path: Path, wrappers: tuple[str, ...]) -> Iterator[Batch]:
+    for key in wrappers:
+        records: list[Any] = []
+        start = index = 0
+        with path.open("rb") as stream:
+            stream.seek(_skip_space(stream))
+            try:
+                for record in ijson.items(stream, f"{key}.item", use_float=True):
+                    records.append(record)
+                    index += 1
+                    if len(records) == ROWS:
+                        yield Batch(path.name, start, records)
+                        records, start = [], index
+            except (ijson.JSONError, UnicodeDecodeError) as error:
+                raise _broken(path, error) from None
+        if records:
+            yield Batch(path.name, start, records)
+        if index:
+            return
+    keys = [key for key, _ in zip(_top_keys(path), range(8), strict=False)]
+    if any(key in wrappers for key in keys):
+        return  # the array is there and empty
+    expected = " or ".join(["a JSON array", *(f'an object with "{key}"' for key in wrappers)])
+    raise DataError(f"{path}: expected {expected}, found an object with keys {keys}")
+
+
+def _top_keys(path: Path) -> Iterator[str]:
+    with path.open("rb") as stream:
+        stream.seek(_skip_space(stream))
+        try:
+            for prefix, event, value in ijson.parse(stream):
+                if prefix == "" and event == "map_key":
+                    yield value
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise _broken(path, error) from None
+
+
+def _broken(path: Path, error: Exception) -> DataError:
+    why = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(
+        f"{path}: not valid JSON before byte {path.stat().st_size}, where the file ends ({why}); "
+        "it is truncated or broken: fetch it again"
+    )
+
+
+def _array(path: Path, stream: BinaryIO, base: int) -> Iterator[Batch]:
+    """Batches of a top-level array; `stream` stands behind its `[`, `base` bytes into the file."""
+    buffer = b""
+    index = 0
+    step = CHUNK
+    stop: re.Pattern[bytes] | None = None
+    while True:
+        chunk = stream.read(step)
+        buffer += chunk
+        if not chunk:
+            records, raw = _rest(path, buffer, base)
+            if records:
+                yield Batch(path.name, index, records, raw)
+            return
+        if stop is None:
+            stop = _separator(buffer)
+        cut = _boundary(path, buffer, base, stop)
+        if cut is None:
+            if len(buffer) > _LONGEST_RECORD:
+                raise DataError(
+                    f"{path}: no record ends within {len(buffer)} bytes of byte {base}; "
+                    "a quote is missing, or this is not a list of records"
+                )
+            step = len(buffer)  # doubles, so that rescanning stays linear
+            continue
+        end, records, raw = cut
+        yield Batch(path.name, index, records, raw)
+        index += len(records)
+        comma = buffer.index(b",", end) + 1
+        base += comma
+        buffer = buffer[comma:]
+        step = CHUNK
+
+
+def _separator(buffer: bytes) -> re.Pattern[bytes]:
+    """What stands between records: `}`, comma, `{` and the first key of the first record."""
+    first = re.match(rb'\s*\{\s*("(?:[^"\\]|\\.)*")', buffer)
+    key = re.escape(first.group(1)) if first else b""
+    return re.compile(rb"\}\s*,\s*\{\s*" + key)
+
+
+def _boundary(
+    path: Path, buffer: bytes, base: int, stop: re.Pattern[bytes]
+) -> tuple[int, list[Any], bytes | None] | None:
+    """The last record boundary in the buffer, with the records before it."""
+    for window in (1 << 16, 1 << 20):
+        candidates = [m.start() + 1 for m in stop.finditer(buffer, max(0, len(buffer) - window))]
+        for end in reversed(candidates[-4:]):
+            raw = b"[" + buffer[:end] + b"]"
+            try:
+                return end, orjson.loads(raw), raw
+            except orjson.JSONDecodeError:
+                continue
+        if candidates or window >= len(buffer):
+            break
+    cut = _scan(buffer)
+    if cut is None:
+        return None
+    raw = b"[" + buffer[:cut] + b"]"
+    return cut, *_decode(path, raw, base - 1)
+
+
+def _scan(buffer: bytes) -> int | None:
+    """The last record end that structure alone shows: a comma outside every bracket."""
+    depth, last = 0, None
+    for match in _STRUCTURE.finditer(buffer):
+        byte = match.group()
+        if byte in b"{[":
+            depth += 1
+        elif byte in b"}]":
+            depth -= 1
+            if depth < 0:  # the array ends here: what follows is judged by the final parse
+                return None
+        elif byte == b"," and depth == 0:
+            last = match.start()
+    return last
+
+
+def _rest(path: Path, buffer: bytes, base: int) -> tuple[list[Any], bytes | None]:
+    raw = b"[" + buffer.rstrip()
+    if raw.endswith(b"]"):
+        return _decode(path, raw, base - 1)
+    cut = _scan(buffer)
+    begin = base + (cut + 1 if cut is not None else 0)
+    if cut is not None:
+        _decode(path, b"[" + buffer[:cut] + b"]", base - 1)  # an earlier error is the true one
+    raise DataError(
+        f"{path}: the file ends at byte {base + len(buffer)}, inside the record that begins at "
+        f"byte {begin}; it is truncated: fetch it again"
+    )
+
+
+def _decode(path: Path, raw: bytes, base: int) -> tuple[list[Any], bytes | None]:
+    """Decodes array text that begins at byte `base` of the file."""
+    try:
+        return orjson.loads(raw), raw
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        # json reads what orjson refuses though it harms nobody here: lone surrogates, raw control
+        # characters, NaN. Such records are judged one by one later.
+        return _loads(raw), None
+    except ValueError as error:
+        raise DataError(
+            f"{path}: not valid JSON at byte {base + _byte(error)} ({_why(error)}); "
+            "the file is broken or truncated: fetch it again"
+        ) from None
+
+
+def _loads(raw: bytes) -> Any:
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        try:
+            return json.loads(raw.decode("utf-8"), strict=False)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+
+
+def _byte(error: ValueError) -> int:
+    if isinstance(error, json.JSONDecodeError):
+        return len(error.doc[: error.pos].encode("utf-8", "surrogatepass"))
+    return error.start if isinstance(error, UnicodeDecodeError) else 0
+
+
+def _why(error: ValueError) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)

@@ -1,0 +1,151 @@
+"""Turns what a data set calls a dialogue into clean question and answer texts.
+
+Rules, each from how the released sets fail their users: only white space at the ends goes, inner
+newlines stay; Unicode is NFC; control markers of other templates (`</s>`, `<EOI>`, `[INST]`, a
+literal `<image>`) never survive in a text, because the released CogVLM strips them from prompts but
+trains on them in answers; a leading answer or a trailing question is cut, an empty round is taken
+out. Every repair is counted under a name, every drop has a reason: nothing vanishes silently. A
+text is a plain string and a dialogue a flat list, since this runs once per turn of a build.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from typing import Any
+
+ROLES: dict[str, int] = {
+    "human": 0, "user": 0, "question": 0,
+    "gpt": 1, "assistant": 1, "chatgpt": 1, "model": 1, "answer": 1,
+}  # fmt: skip
+
+_CONTROL = re.compile(
+    r"[ \t]*(?:</?s>|<EOI>|<pad>|<unk>|<image>|<\|im_(?:start|end)\|>|<\|endoftext\|>|\[/?INST\])[ \t]*",
+    re.IGNORECASE,
+)
+_LEAKED_TURN = re.compile(r"\n\s*(?:Question|Human|USER):.*", re.DOTALL)
+_ALIEN = re.compile("[\x00\ud800-\udfff]")
+_MARKER = re.compile(r"\s*<image>\s*")
+
+
+def clean_question(text: str) -> str:
+    """A question without picture markers and control markers, ends stripped."""
+    if "<image>" in text:
+        text = _MARKER.sub(" ", text)
+    return _plain(text)
+
+
+def clean_answer(text: str, notes: Counter[str]) -> str:
+    """An answer without control markers or a leaked next turn, ends stripped.
+
+    Args:
+        text: As released.
+        notes: Repairs are counted here.
+    """
+    plain = _plain(text)
+    if ("<" in text or "[" in text) and _CONTROL.search(text):
+        notes["control_marker_removed"] += 1
+    if "\n" in plain and _LEAKED_TURN.search(plain):
+        plain = _LEAKED_TURN.sub("", plain).rstrip()
+        notes["leaked_turn_cut"] += 1
+    return plain
+
+
+def _plain(text: str) -> str:
+    if "<" in text or "[" in text:
+        while _CONTROL.search(text):  # taking one out may join the halves of another
+            text = _CONTROL.sub(" ", text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.strip()
+
+
+def has_alien(text: str) -> bool:
+    """Whether a text holds NUL or half of a surrogate pair: it cannot be written as UTF-8 text."""
+    return _ALIEN.search(text) is not None
+
+
+def dialogue(messages: Any, notes: Counter[str]) -> list[str] | str:
+    """Question, answer, question, answer … of a list of turns, or the reason to drop it.
+
+    Args:
+        messages: Objects with `from`/`value` (LLaVA) or `role`/`content`.
+        notes: Repairs are counted here.
+
+    Returns:
+        A flat list of even length, or the name of the reason.
+    """
+    if type(messages) is not list:
+        return "turns_missing"
+    turns: list[str] = []
+    expected = 0
+    for message in messages:
+        if type(message) is not dict:
+            return "turn_not_an_object"
+        role = message.get("from") or message.get("role")
+        part = ROLES.get(role) if type(role) is str else None
+        if part is None:
+            return "unknown_role"
+        text = message.get("value")
+        if text is None:
+            text = message.get("content")
+        if type(text) is not str:
+            return "text_not_a_string"
+        if part != expected:
+            if turns:
+                return "roles_do_not_alternate"
+            notes["leading_answer_removed"] += 1
+            continue
+        turns.append(text)
+        expected ^= 1
+    if expected:
+        turns.pop()
+        if turns:
+            notes["trailing_question_removed"] += 1
+    if not turns:
+        return "no_assistant_turn"
+    return rounds(turns, notes)
+
+
+def rounds(turns: list[str], notes: Counter[str]) -> list[str] | str:
+    """Cleans a flat list of questions and answers and takes out empty rounds."""
+    cleaned: list[str] = []
+    empty = "empty_answer"
+    for place in range(0, len(turns), 2):
+        question = clean_question(turns[place])
+        answer = clean_answer(turns[place + 1], notes)
+        if question and answer:
+            cleaned.append(question)
+            cleaned.append(answer)
+            continue
+        empty = "empty_answer" if question else "empty_question"
+    if not cleaned:
+        return empty
+    if len(cleaned) < len(turns):
+        notes["empty_round_removed"] += (len(turns) - len(cleaned)) // 2
+    return cleaned
+
+
+def text_of(value: Any) -> str | None:
+    """The text of a JSON or table value that stands for a short text; None if it is none."""
+    if type(value) is str:
+        return value
+    if type(value) is bool:
+        return "yes" if value else "no"
+    if type(value) is int:
+        return str(value)
+    if type(value) is float and value == value:
+        return str(int(value)) if value.is_integer() else repr(value)
+    return None
+
+
+def majority(answers: list[str]) -> str:
+    """The most frequent answer, the first given where several are; facts of VQA-like sets.
+
+    Args:
+        answers: At least one answer by a person.
+    """
+    counts = Counter(answers)
+    best = max(counts.values())
+    return next(answer for answer in answers if counts[answer] == best)

@@ -1,0 +1,133 @@
+"""Finds pictures of held-out sets among the training pictures.
+
+By id first: COCO numbers and Visual Genome ids are the same picture whatever the folder or split
+name, so a list of ids or file names is cheap and exact. Then, for folders of held-out pictures, by
+perceptual hash. LLaVAR's pictures carry twelve-digit names that begin with 1000 and are no COCO
+pictures; real COCO numbers stay below a million.
+"""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cogvlm_sft.errors import DataError
+from data_builders.annotations import read_records
+from data_builders.images import SUFFIXES, ImageLimits, check_images, picture_key
+from data_builders.mix import Ledger
+
+_KEYS = ("image_id", "image", "imageId", "coco_id", "cocoid", "file_name", "filename", "img_path")
+_WRAPPERS = ("images", "data", "questions", "annotations")
+
+
+def picture_id(name: str, coco: bool = False) -> str:
+    """The id that names the same picture in every set.
+
+    Args:
+        name: A file name, a path, or a bare id.
+        coco: Whether a bare number is a COCO id; it is a Visual Genome id otherwise.
+    """
+    key = picture_key(name)
+    if not (key.isascii() and key.isdigit()):
+        return key
+    return f"coco:{int(key)}" if (coco or len(key) == 12) and int(key) < 1_000_000 else key
+
+
+def held_out_ids(path: Path) -> set[str]:
+    """Ids in a list: JSON or JSON Lines with a known key, CSV, or one a line of text.
+
+    Bare numbers are COCO ids if the file's name says `coco`, as those of VQAv2, OKVQA and RefCOCO
+    do, and Visual Genome ids otherwise.
+
+    Raises:
+        DataError: The file is missing, or holds no id.
+    """
+    coco = "coco" in path.name.lower()
+    found = {picture_id(name, coco) for name in _names(path) if name}
+    if not found:
+        raise DataError(
+            f"{path}: no image id found; expected one a line, or JSON objects with one of "
+            f"{', '.join(_KEYS)}"
+        )
+    return found
+
+
+def overlap(
+    ledger: Ledger, against: list[Path], hashes: dict[int, int], bits: int, workers: int
+) -> dict[str, set[int]]:
+    """Picture numbers of the ledger that occur in each held-out set.
+
+    Args:
+        ledger: The records.
+        against: Lists of ids, or folders of pictures.
+        hashes: Perceptual hash of each picture number; needed for folders only.
+        bits: Hamming distance within which two pictures count as the same.
+        workers: Threads.
+    """
+    ids = [picture_id(path) for path in ledger.pictures]
+    found: dict[str, set[int]] = {}
+    for path in against:
+        if path.is_dir():
+            files = sorted(
+                str(file.relative_to(path))
+                for file in path.rglob("*")
+                if file.suffix.lower() in SUFFIXES
+            )
+            if not files:
+                raise DataError(f"{path}: holds no picture to decontaminate against")
+            facts = check_images(path, files, ImageLimits(min_side=1), workers, hashed=True)
+            theirs = [fact.phash for fact in facts if fact.phash is not None]
+            found[str(path)] = _near(hashes, theirs, bits)
+        else:
+            held = held_out_ids(path)
+            found[str(path)] = {number for number, name in enumerate(ids) if name in held}
+    return found
+
+
+def _near(ours: dict[int, int], theirs: list[int], bits: int) -> set[int]:
+    bands = [(64 * k // (bits + 1), 64 * (k + 1) // (bits + 1)) for k in range(bits + 1)]
+    table: dict[tuple[int, int], list[int]] = {}
+    for value in theirs:
+        for k, (low, high) in enumerate(bands):
+            table.setdefault((k, (value >> low) & ((1 << (high - low)) - 1)), []).append(value)
+    return {
+        number
+        for number, value in ours.items()
+        if any(
+            (value ^ other).bit_count() <= bits
+            for k, (low, high) in enumerate(bands)
+            for other in table.get((k, (value >> low) & ((1 << (high - low)) - 1)), ())
+        )
+    }
+
+
+def _names(path: Path) -> Iterator[str]:
+    ending = path.suffix.lower()
+    if ending in (".json", ".jsonl", ".ndjson"):
+        for batch in read_records(path, _WRAPPERS):
+            for record in batch.records:
+                yield from _names_of(record)
+        return
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            if ending == ".csv":
+                for row in csv.DictReader(stream):
+                    yield from _names_of(row)
+            else:
+                for line in stream:
+                    yield line.strip()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such list of held-out images") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text; expected one image id a line") from None
+
+
+def _names_of(record: Any) -> Iterator[str]:
+    if isinstance(record, str | int):
+        yield str(record)
+    elif isinstance(record, dict):
+        for key in (*_KEYS, "id"):
+            value = record.get(key)
+            if isinstance(value, str | int) and not isinstance(value, bool):
+                yield str(value)
+                return

@@ -1,0 +1,272 @@
+"""Finds the file that an annotation means, and proves that it decodes.
+
+Released annotations name pictures loosely: COCO train2017 names for files of the 2014 split, Visual
+Genome ids without saying which of two folders, `.jpg` for what is a GIF or a PNG. `ImageFinder`
+lists the given folders once and answers by path, then by picture id. What it returns is always
+relative to the image root and inside it: `..`, absolute paths and links that lead out are reasons
+to drop, never paths. `check_image` decodes every pixel, because Pillow's `verify` does not see a
+truncated file; threads do, since decoding releases the interpreter lock.
+"""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image, UnidentifiedImageError
+
+from cogvlm_sft.errors import DataError
+
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pnm .jp2".split()
+)
+_COCO = re.compile(r"^(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})$", re.IGNORECASE)
+_VG_FOLDERS = ("VG_100K", "VG_100K_2")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What counts as a usable picture.
+
+    Attributes:
+        min_side: Shortest side in pixels (LLaMA-Factory's Qwen2-VL limit, 28).
+        max_aspect: Longest side over shortest side (200, same source).
+        max_pixels: Above this a picture is taken for a decompression bomb.
+    """
+
+    min_side: int = 28
+    max_aspect: float = 200.0
+    max_pixels: int = 89_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What decoding a picture showed.
+
+    Attributes:
+        reason: Why it is unusable; None if it is usable.
+        width: Pixels, after the EXIF rotation.
+        height: Pixels, after the EXIF rotation.
+        kind: Format and mode, such as `JPEG RGB`.
+        phash: 64-bit perceptual hash; None where none was asked for.
+    """
+
+    reason: str | None
+    width: int = 0
+    height: int = 0
+    kind: str = ""
+    phash: int | None = None
+
+
+def picture_key(name: str) -> str:
+    """The id of a picture: the COCO number whatever the split, else the stem in lower case."""
+    stem = PurePosixPath(name).stem
+    coco = _COCO.match(stem)
+    return coco.group(1) if coco else stem.lower()
+
+
+def unsafe(name: str) -> bool:
+    """Whether a name is absolute, climbs, or is no relative file name at all."""
+    if not name or "\0" in name or name[0] in "/\\~" or name[1:2] == ":" or "://" in name:
+        return True
+    return ".." in name and ".." in re.split(r"[/\\]", name)
+
+
+class ImageFinder:
+    """Looks pictures up in folders below an image root.
+
+    Attributes:
+        mapped: How many names were answered by another file name than the annotation's.
+    """
+
+    def __init__(self, image_root: Path, folders: Sequence[Path], must_exist: bool = True) -> None:
+        """Lists the folders.
+
+        Args:
+            image_root: Paths in records are relative to it.
+            folders: Where to look, first one first; none means the root itself.
+            must_exist: Whether a picture that is not there is a reason to drop; otherwise the
+                name of the annotation is taken as the path.
+
+        Raises:
+            DataError: A folder is missing, or lies outside of the root.
+        """
+        self.root = Path(os.path.realpath(image_root))
+        self.must_exist = must_exist
+        self.mapped = 0
+        self._memo: dict[str, tuple[str | None, str]] = {}
+        self._paths: set[str] = set()
+        self._by_path: dict[str, str] = {}
+        self._by_key: dict[str, list[str]] = {}
+        self._prefix = ""
+        for place, folder in enumerate(folders or [image_root]):
+            real = Path(os.path.realpath(folder))
+            if not real.is_relative_to(self.root):
+                raise DataError(
+                    f"image folder {folder} lies outside of the image root {image_root}; "
+                    "set image_root to a folder that holds all image folders"
+                )
+            prefix = real.relative_to(self.root).as_posix()
+            prefix = "" if prefix == "." else prefix + "/"
+            if place == 0:
+                self._prefix = prefix if folders else ""
+            if not real.is_dir():
+                if must_exist:
+                    raise DataError(
+                        f"image folder {folder} is missing; check the path, or set "
+                        "images.check=false to build without looking at pictures"
+                    )
+                continue
+            if must_exist or folders:
+                self._list(real, prefix)
+
+    def files(self) -> list[str]:
+        """All pictures found, relative to the root, sorted."""
+        return sorted(self._paths)
+
+    def find(self, name: str) -> tuple[str | None, str]:
+        """The path of a picture relative to the root, or None with the reason.
+
+        Args:
+            name: As the annotation has it, with or without folders and extension.
+        """
+        known = self._memo.get(name)
+        if known is None:
+            known = self._memo[name] = self._find(name)
+        return known
+
+    def _find(self, name: str) -> tuple[str | None, str]:
+        if unsafe(name):
+            return None, "image_path_unsafe"
+        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+        joined = "/".join(parts)
+        if joined in self._paths:
+            return joined, ""
+        for skipped in range(len(parts)):
+            path = self._by_path.get("/".join(parts[skipped:]))
+            if path is not None:
+                return path, ""
+        candidates = self._by_key.get(picture_key(name), []) if parts else []
+        path = self._choose(candidates, parts)
+        if path is not None:
+            self.mapped += 1
+            return path, ""
+        if len(candidates) > 1:
+            return None, "image_ambiguous"
+        plain = self._prefix + "/".join(parts)
+        target = os.path.join(self.root, plain)
+        if os.path.lexists(target) and not _inside(target, self.root):
+            return None, "image_outside_root"
+        if self.must_exist or not parts:
+            return None, "image_missing"
+        return plain, ""
+
+    def _choose(self, candidates: list[str], parts: list[str]) -> str | None:
+        if len(candidates) < 2:
+            return candidates[0] if candidates else None
+        folders = set(parts[:-1])
+        shared = [len(folders.intersection(path.split("/")[:-1])) for path in candidates]
+        best = [path for path, n in zip(candidates, shared, strict=True) if n == max(shared)]
+        if len(best) == 1:
+            return best[0]
+        # one COCO number, or one Visual Genome id, is one picture wherever it lies
+        same = _COCO.match(PurePosixPath(best[0]).stem) or all(
+            PurePosixPath(path).parent.name in _VG_FOLDERS for path in best
+        )
+        return best[0] if same else None
+
+    def _list(self, folder: Path, prefix: str) -> None:
+        for relative in sorted(_walk(folder, self.root)):
+            path = prefix + relative
+            self._by_path.setdefault(relative, path)
+            if path not in self._paths:
+                self._paths.add(path)
+                self._by_key.setdefault(picture_key(relative), []).append(path)
+
+
+def _inside(path: str, root: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(root)
+
+
+def _walk(folder: Path, root: Path) -> Iterator[str]:
+    """Pictures below a folder, relative to it; links that lead out of the root are not followed."""
+    pending = [""]
+    seen: set[str] = set()
+    while pending:
+        inner = pending.pop()
+        with os.scandir(folder / inner) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith(".") or name == "__MACOSX":
+                    continue
+                linked = entry.is_symlink()
+                if linked and not _inside(entry.path, root):
+                    continue
+                if entry.is_dir():
+                    real = os.path.realpath(entry.path)
+                    if real not in seen:  # a link may point at its own parent
+                        seen.add(real)
+                        pending.append(f"{inner}{name}/")
+                elif os.path.splitext(name)[1].lower() in SUFFIXES:
+                    yield inner + name
+
+
+def check_image(path: Path, limits: ImageLimits, hashed: bool = False) -> ImageFacts:
+    """Decodes a picture fully.
+
+    Args:
+        path: The file.
+        limits: What counts as usable.
+        hashed: Whether to compute the perceptual hash.
+    """
+    try:
+        if path.stat().st_size == 0:
+            return ImageFacts("image_empty_file")
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > limits.max_pixels:
+                return ImageFacts("image_too_large", width, height)
+            image.load()
+            kind = f"{image.format} {image.mode}"
+            if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
+                width, height = height, width
+            phash = perceptual_hash(image) if hashed else None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return ImageFacts("image_too_large")
+    except UnidentifiedImageError:
+        return ImageFacts("image_not_an_image")
+    except FileNotFoundError:
+        return ImageFacts("image_missing")
+    except PermissionError:
+        return ImageFacts("image_not_readable")
+    except OSError as error:
+        short = "truncated" in str(error) or "broken data stream" in str(error)
+        return ImageFacts("image_truncated" if short else "image_broken")
+    except Exception:
+        # Pillow's plugins raise whatever a broken file provokes (SyntaxError, struct.error,
+        # ValueError, EOFError, zlib.error); all mean the same here.
+        return ImageFacts("image_broken")
+    if min(width, height) < limits.min_side:
+        return ImageFacts("image_too_small", width, height, kind, phash)
+    if max(width, height) > limits.max_aspect * min(width, height):
+        return ImageFacts("image_too_long", width, height, kind, phash)
+    return ImageFacts(None, width, height, kind, phash)
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """The 64-bit DCT hash of imagehash, as an integer."""
+    import imagehash
+
+    return int(str(imagehash.phash(image.convert("RGB"))), 16)
+
+
+def check_images(
+    root: Path, paths: Sequence[str], limits: ImageLimits, workers: int, hashed: bool
+) -> list[ImageFacts]:
+    """Facts of every picture, in the order of the paths."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
+        warnings.simplefilter("ignore")  # corrupt EXIF and the like; the outcome says enough
+        return list(pool.map(lambda path: check_image(root / path, limits, hashed), paths))

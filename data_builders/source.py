@@ -1,0 +1,308 @@
+"""What a source is, and the one function that turns its records into lines of a build.
+
+A source reads batches of raw records (streaming) and drafts each: texts and picture names, or the
+reason to drop it. `RecordStage` does the rest for every source alike and is a pure function of the
+batch, so it runs in any process: ids, picture paths, the final JSON line, and the hashes that later
+stages sort and compare by. The unit that is counted is the raw record: in = kept + dropped. Records
+stay plain dicts on this path; validation of the result is `data verify`.
+"""
+
+import importlib
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, ClassVar
+
+import orjson
+
+from cogvlm_sft.errors import DataError
+from data_builders.annotations import Batch, read_records
+from data_builders.clean import has_alien
+from data_builders.images import ImageFinder
+from data_builders.recipe import SourceEntry, Strict, options, source_names
+
+
+EXAMPLES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file to fetch: its name, size in bytes (0 where unknown), and what it holds."""
+
+    name: str
+    size: int
+    note: str = ""
+
+
+@dataclass(slots=True)
+class Draft:
+    """A record as a source understands it.
+
+    Attributes:
+        turns: Question, answer, question, answer …, clean and without picture markers.
+        images: Picture names as the data set has them.
+        style: Prompt style.
+        orig_id: The data set's own id.
+        meta: Further facts for the record.
+    """
+
+    turns: list[str]
+    images: list[str]
+    style: str
+    orig_id: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class NoOptions(Strict):
+    """A source without options of its own."""
+
+
+class Source:
+    """A data set: what to fetch, how to read it, what a record of it means.
+
+    Subclasses set the class attributes and override `draft`, and `batches` where their files are
+    not plain arrays.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    license: ClassVar[str]
+    commercial: ClassVar[bool] = True
+    home: ClassVar[str] = ""
+    files: ClassVar[tuple[File, ...]] = ()
+    image_folders: ClassVar[tuple[str, ...]] = ()
+    wrappers: ClassVar[tuple[str, ...]] = ()
+    style: ClassVar[str] = "chat"
+    needs_annotations: ClassVar[bool] = True
+    Options: ClassVar[type[Strict]] = NoOptions
+
+    def __init__(self, entry: SourceEntry) -> None:
+        self.entry = entry
+        self.options: Any = options(entry)
+        self.default_style: str = entry.style or self.style
+
+    def inputs(self) -> list[Path]:
+        """The files whose hashes the manifest records, in an order free of how they were listed.
+
+        Raises:
+            DataError: None is given though the source needs one.
+        """
+        if self.needs_annotations and not self.entry.annotations:
+            names = ", ".join(file.name for file in self.files) or "an annotation file"
+            raise DataError(f"source {self.entry.name}: no annotations given; it reads {names}")
+        return sorted(set(self.entry.annotations), key=lambda path: (path.name, str(path)))
+
+    def batches(self, finder: ImageFinder) -> Iterator[Batch]:
+        """Raw records in batches."""
+        for path in self.inputs():
+            yield from read_records(path, self.wrappers)
+
+    def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
+        """Understands one raw record.
+
+        Args:
+            record: Any JSON value.
+            notes: Repairs are counted here.
+
+        Returns:
+            The draft, or the name of the reason to drop the record.
+        """
+        raise NotImplementedError
+
+    def units(self, record: Any) -> int:
+        """How many rows of the files a raw record stands for; more than one where rows are joined."""
+        return 1
+
+
+@dataclass(slots=True)
+class Drop:
+    """A dropped record: reason, file, index and the beginning of its content."""
+
+    reason: str
+    file: str
+    index: int
+    excerpt: str
+
+
+@dataclass(slots=True)
+class Processed:
+    """What a batch became; the arrays run over the kept records.
+
+    Attributes:
+        lines: The JSON lines, joined.
+        lengths: Bytes of each line, with its newline.
+        keys: 64-bit sort key of each record: hash(seed, id).
+        texts: 64-bit hash of each record's texts.
+        exact: 64-bit hash of each record's texts and picture paths.
+        pairs: Questions of each record.
+        answer_chars: Characters of all answers of each record.
+        units: Raw records of each record.
+        images: Paths of each record's pictures.
+        notes: Repairs.
+        drops: Raw records dropped, by reason.
+        examples: The first few drops of each reason.
+        read: Raw records of the batch.
+    """
+
+    lines: bytes
+    lengths: array
+    keys: array
+    texts: array
+    exact: array
+    pairs: array
+    answer_chars: array
+    units: array
+    images: list[tuple[str, ...]]
+    notes: Counter[str]
+    drops: Counter[str]
+    examples: list[Drop]
+    read: int
+
+
+class RecordStage:
+    """Turns batches of one source into lines. A pure function of the batch."""
+
+    def __init__(self, source: Source, finder: ImageFinder, seed: int) -> None:
+        self.source = source
+        self.finder = finder
+        self.seed = str(seed).encode()
+
+    def run(self, batch: Batch) -> Processed:
+        """Processes a batch; see `Processed`."""
+        records = orjson.loads(batch.raw) if batch.raw is not None else batch.records
+        source, find = self.source, self.finder.find
+        name, draft_of, units_of = source.entry.name, source.draft, source.units
+        licence = source.license
+        file_hash = zlib.crc32(batch.file.encode("utf-8", "surrogateescape"))
+        out = Processed(
+            b"", array("I"), array("Q"), array("Q"), array("Q"), array("I"), array("I"),
+            array("I"), [], Counter(), Counter(), [], 0,
+        )  # fmt: skip
+        lines: list[bytes] = []
+        for index, record in enumerate(records, start=batch.start):
+            draft = draft_of(record, out.notes)
+            if type(draft) is str:
+                self._drop(out, draft, batch.file, index, record)
+                continue
+            assert isinstance(draft, Draft)
+            paths: list[str] = []
+            reason = ""
+            for image in draft.images:
+                path, reason = find(image)
+                if path is None:
+                    break
+                paths.append(path)
+            if reason:
+                self._drop(out, reason, batch.file, index, record)
+                continue
+            turns = draft.turns
+            joined = "\x1f".join(turns)
+            try:
+                digest = blake2b(joined.encode(), digest_size=12).digest()
+                named = blake2b("\x1f".join(paths).encode(), digest_size=8, key=digest).digest()
+            except UnicodeEncodeError:
+                self._drop(out, "text_not_unicode", batch.file, index, record)
+                continue
+            if "\0" in joined and has_alien(joined):
+                self._drop(out, "text_not_unicode", batch.file, index, record)
+                continue
+            exact = int.from_bytes(named, "big")
+            short = (exact & 0xFFFFFFFF) ^ file_hash
+            identity = f"{name}:{index:06d}:{short:08x}"
+            messages = [
+                {"role": "assistant" if place & 1 else "user", "content": text}
+                for place, text in enumerate(turns)
+            ]
+            if paths:
+                messages[0]["content"] = "<image>\n" * len(paths) + turns[0]
+            meta: dict[str, Any] = {
+                "license": licence, "orig_file": batch.file, "orig_index": index,
+            }  # fmt: skip
+            if draft.orig_id is not None:
+                meta["orig_id"] = draft.orig_id
+            if draft.meta:
+                meta.update(draft.meta)
+            try:
+                line = orjson.dumps(
+                    {
+                        "id": identity,
+                        "source": name,
+                        "style": draft.style if paths else "text",
+                        "images": paths,
+                        "messages": messages,
+                        "meta": meta,
+                    },
+                    option=orjson.OPT_APPEND_NEWLINE,
+                )
+            except (TypeError, ValueError):  # an orig_id with half a surrogate pair
+                self._drop(out, "text_not_unicode", batch.file, index, record)
+                continue
+            lines.append(line)
+            out.lengths.append(len(line))
+            key = blake2b(identity.encode(), digest_size=8, key=self.seed).digest()
+            out.keys.append(int.from_bytes(key, "big"))
+            out.texts.append(int.from_bytes(digest[:8], "big"))
+            out.exact.append(exact)
+            out.pairs.append(len(turns) >> 1)
+            out.answer_chars.append(sum(map(len, turns[1::2])))
+            units = units_of(record)
+            out.units.append(units)
+            out.images.append(tuple(paths))
+            out.read += units
+        out.lines = b"".join(lines)
+        return out
+
+    def _drop(self, out: Processed, reason: str, file: str, index: int, record: Any) -> None:
+        units = self.source.units(record)
+        if out.drops[reason] < EXAMPLES:
+            out.examples.append(Drop(reason, file, index, excerpt(record)))
+        out.drops[reason] += units
+        out.read += units
+
+
+def excerpt(record: Any, length: int = 240) -> str:
+    """The beginning of a record as text that can be shown."""
+    text = orjson.dumps(record, default=str).decode() if _plain(record) else repr(record)
+    return text if len(text) <= length else text[:length] + "…"
+
+
+def _plain(record: Any) -> bool:
+    try:
+        orjson.dumps(record, default=str)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def load_source(name: str) -> type[Source]:
+    """The class of a source, by module name."""
+    return importlib.import_module(f"data_builders.sources.{name}").SOURCE
+
+
+def list_sources(folder: Path | None = None) -> str:
+    """A table of all sources: files to fetch, sizes, licence, image folders, what is missing.
+
+    Args:
+        folder: Where to look for the files; the working directory unless given.
+    """
+    here = folder or Path.cwd()
+    present = {path.name for path in here.rglob("*") if not path.is_dir()}
+    blocks: list[str] = []
+    for name in source_names():
+        source = load_source(name)
+        use = "" if source.commercial else " (non-commercial)"
+        rows = [f"{name}: {source.title}", f"  licence  {source.license}{use}"]
+        if source.home:
+            rows.append(f"  fetch    {source.home}")
+        for file in source.files:
+            state = "here" if file.name in present else "missing"
+            size = f"{file.size / 1e6:,.0f} MB" if file.size else "-"
+            rows.append(f"  {state:8} {file.name:52} {size:>10}  {file.note}".rstrip())
+        if source.image_folders:
+            rows.append(f"  images   {', '.join(source.image_folders)}")
+        blocks.append("\n".join(rows))
+    return "\n\n".join(blocks)

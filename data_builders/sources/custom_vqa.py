@@ -1,0 +1,327 @@
+"""One's own pictures and questions: a table, JSON, or a folder whose file names are the labels.
+
+Tables are CSV, TSV, JSON Lines, JSON or Parquet, by file ending. Columns are `image`, `question`,
+`answer` unless `columns` says otherwise. Several questions about a picture are several rows; rows
+that share a `conversation` value become the turns of one dialogue, in the order of `turn` where
+that column is there, else of the file. In JSON, `turns` may hold a list of turns instead, and
+`answer` a list of several people's answers (the most frequent one is taken). Without annotations,
+every picture below the image folders is a record whose answer is the file's name without its
+extension, as in CogVLM's own captcha example; `label_pattern` picks a part of the name.
+
+Usage:
+    python -m data_builders.sources.custom_vqa --annotations questions.csv --images photos \\
+        --out builds/mine --columns question=ask --columns answer=reply
+    python -m data_builders.sources.custom_vqa --images captcha --question "CAPTCHA:" --out builds/c
+"""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from cogvlm_sft.errors import DataError
+from data_builders.annotations import ROWS, Batch, read_records, require_file
+from data_builders.clean import dialogue, majority, rounds, text_of
+from data_builders.images import ImageFinder
+from data_builders.recipe import Strict
+from data_builders.source import Draft, File, Source
+
+Column = Literal["image", "question", "answer", "conversation", "turn", "turns", "id", "style"]
+
+
+class CustomOptions(Strict):
+    """Options of the custom source.
+
+    Attributes:
+        columns: Our column name to the file's, where they differ.
+        delimiter: Of CSV files; a comma, and a tab for .tsv, unless given.
+        question: The question of a labelled image folder, and of rows without one.
+        label_pattern: Regular expression whose first group is the label in a file's stem.
+    """
+
+    columns: dict[Column, str] = {}
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    question: str = "CAPTCHA:"
+    label_pattern: str | None = None
+
+    @field_validator("label_pattern")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                groups = re.compile(value).groups
+            except re.error as error:
+                raise ValueError(f"is not a regular expression: {error}") from None
+            if not groups:
+                raise ValueError("needs a group, such as ^([a-z]+)_")
+        return value
+
+
+class CustomVQA(Source):
+    """See the module."""
+
+    name = "custom_vqa"
+    title = "your own pictures and questions"
+    license = "yours"
+    files = (
+        File("*.csv, *.tsv, *.jsonl, *.json, *.parquet", 0, "columns image, question, answer"),
+    )
+    image_folders = ("any folder; without annotations its file names are the answers",)
+    wrappers = ("data", "annotations", "questions")
+    style = "vqa"
+    needs_annotations = False
+    Options = CustomOptions
+
+    def batches(self, finder: ImageFinder) -> Iterator[Batch]:
+        """Rows, rows joined to dialogues, or the pictures of a labelled folder."""
+        if not self.entry.annotations:
+            yield from self._folder(finder)
+            return
+        for path in self.inputs():
+            rows = self._rows(path)
+            joined = self.options.columns.get("conversation", "conversation")
+            first = next(rows, None)
+            if first is None:
+                continue
+            sample = first.records[0]
+            if type(sample) is dict and joined in sample:
+                yield from self._joined(path, first, rows, joined)
+            else:
+                yield first
+                yield from rows
+
+    def units(self, record: Any) -> int:
+        """Rows of the file in a raw record."""
+        return len(record["_rows"]) if type(record) is dict and "_rows" in record else 1
+
+    def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
+        """Understands a row, or several joined rows."""
+        if type(record) is not dict:
+            return "record_not_an_object"
+        if "_rows" in record:
+            return self._draft_rows(record["_rows"], notes)
+        if record.get("_malformed"):
+            return str(record["_malformed"])
+        name = self._column
+        inner = record.get(name("turns"), record.get("messages", record.get("conversations")))
+        if inner is not None:
+            turns = _turns(inner, notes)
+        else:
+            pair = self._pair(record)
+            turns = rounds(list(pair), notes) if type(pair) is tuple else pair
+        if type(turns) is str:
+            return turns
+        assert isinstance(turns, list)
+        return self._finish(turns, record)
+
+    def _column(self, key: Column) -> str:
+        return self.options.columns.get(key, key)
+
+    def _pair(self, row: dict[str, Any]) -> tuple[str, str] | str:
+        asked = row.get(self._column("question"))
+        if asked is None and "question" in self.options.model_fields_set:
+            asked = self.options.question
+        question = text_of(asked)
+        answer = row.get(self._column("answer"))
+        if type(answer) is list:
+            given = [text for text in map(text_of, answer) if text]
+            answer = majority(given) if given else None
+        answered = text_of(answer)
+        if question is None:
+            return "empty_question" if asked is None else "question_not_a_text"
+        if answered is None:
+            return "empty_answer" if answer is None else "answer_not_a_text"
+        return question, answered
+
+    def _draft_rows(self, rows: list[Any], notes: Counter[str]) -> Draft | str:
+        turns: list[str] = []
+        images: set[str] = set()
+        for row in rows:
+            if type(row) is not dict:
+                return "record_not_an_object"
+            if row.get("_malformed"):
+                return str(row["_malformed"])
+            pair = self._pair(row)
+            if type(pair) is str:
+                return pair
+            turns.extend(pair)
+            images.add(str(row.get(self._column("image")) or ""))
+        if len(images - {""}) > 1:
+            return "conversation_with_several_images"
+        cleaned = rounds(turns, notes)
+        if type(cleaned) is str:
+            return cleaned
+        assert isinstance(cleaned, list)
+        return self._finish(cleaned, rows[0])
+
+    def _finish(self, turns: list[str], row: dict[str, Any]) -> Draft | str:
+        image = row.get(self._column("image"))
+        if type(image) is list and len(image) == 1:
+            image = image[0]
+        if image is None or image == "":
+            return "image_name_missing"
+        if type(image) is int:
+            image = str(image)
+        if type(image) is not str:
+            return "image_name_not_a_string"
+        style = row.get(self._column("style")) or self.default_style
+        if style not in ("chat", "vqa", "base"):
+            return "unknown_style"
+        identity = text_of(row.get(self._column("id")))
+        return Draft(turns, [image.strip()], style, identity)
+
+    def _folder(self, finder: ImageFinder) -> Iterator[Batch]:
+        paths = iter(finder.files())
+        pattern = self.options.label_pattern and re.compile(self.options.label_pattern)
+        start = 0
+        while chunk := list(islice(paths, ROWS)):
+            rows = [self._labelled(path, pattern) for path in chunk]
+            yield Batch("(image folder)", start, rows)
+            start += len(rows)
+        if start == 0:
+            raise DataError(
+                f"source {self.entry.name}: no annotations given and no picture found in "
+                f"{[str(folder) for folder in self.entry.images] or 'the image root'}"
+            )
+
+    def _labelled(self, path: str, pattern: re.Pattern[str] | None | str) -> dict[str, Any]:
+        label = PurePosixPath(path).stem
+        row = {self._column("image"): path, self._column("question"): self.options.question}
+        if isinstance(pattern, re.Pattern):
+            match = pattern.search(label)
+            if match is None or match.group(1) is None:
+                return {**row, "_malformed": "label_pattern_does_not_match"}
+            label = match.group(1)
+        return {**row, self._column("answer"): label}
+
+    def _joined(
+        self, path: Path, first: Batch, rest: Iterator[Batch], key: str
+    ) -> Iterator[Batch]:
+        groups: dict[Any, list[Any]] = {}
+        for batch in (first, *rest):
+            for index, row in enumerate(batch.records, start=batch.start):
+                value = row.get(key) if type(row) is dict else None
+                alone = value is None or value == "" or type(value) not in (str, int)
+                groups.setdefault(("row", index) if alone else (str(value),), []).append(row)
+        order = self._column("turn")
+        conversations: list[Any] = []
+        for rows in groups.values():
+            if all(type(row) is dict and _number(row.get(order)) is not None for row in rows):
+                rows.sort(key=lambda row: _number(row[order]))
+            conversations.append({"_rows": rows})
+        for start in range(0, len(conversations), ROWS):
+            yield Batch(path.name, start, conversations[start : start + ROWS])
+
+    def _rows(self, path: Path) -> Iterator[Batch]:
+        ending = path.suffix.lower()
+        if ending in (".csv", ".tsv"):
+            rows = self._csv(require_file(path), "\t" if ending == ".tsv" else ",")
+        elif ending == ".parquet":
+            rows = self._parquet(require_file(path))
+        elif ending in (".json", ".jsonl", ".ndjson"):
+            yield from read_records(path, self.wrappers)
+            return
+        else:
+            raise DataError(
+                f"{path}: cannot tell its format; name it .csv, .tsv, .jsonl, .json or .parquet"
+            )
+        start = 0
+        while chunk := list(islice(rows, ROWS)):
+            yield Batch(path.name, start, chunk)
+            start += len(chunk)
+
+    def _require_columns(self, path: Path, found: list[str]) -> None:
+        wanted = ["image", "answer"]
+        if "question" not in self.options.model_fields_set:
+            wanted.append("question")
+        for key in wanted:
+            name = self.options.columns.get(key, key)
+            if name not in found:
+                raise DataError(
+                    f"{path}: no column {name!r}; found {', '.join(map(repr, found))}. "
+                    f"Say which one it is: columns: {{{key}: …}}"
+                )
+
+    def _csv(self, path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+        csv.field_size_limit(1 << 30)
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(
+                stream, delimiter=self.options.delimiter or delimiter, strict=True
+            )
+            header: list[str] = []
+            try:
+                for cells in reader:
+                    if not cells:
+                        continue
+                    if not header:
+                        header = [cell.strip() for cell in cells]
+                        self._require_columns(path, header)
+                        continue
+                    row: dict[str, Any] = dict(zip(header, cells, strict=False))
+                    if len(cells) != len(header):
+                        row["_malformed"] = "cell_count_differs"
+                    yield row
+            except csv.Error as error:
+                raise DataError(
+                    f"{path}:{reader.line_num}: broken table ({error}); is a quote missing, or is "
+                    f"the file truncated at byte {path.stat().st_size}?"
+                ) from None
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}: not UTF-8 ({error.reason}, near line {reader.line_num + 1}); "
+                    "save the table as UTF-8"
+                ) from None
+
+    def _parquet(self, path: Path) -> Iterator[dict[str, Any]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                self._require_columns(path, file.schema_arrow.names)
+                for part in file.iter_batches(batch_size=ROWS):
+                    yield from part.to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(
+                f"{path}: not a readable Parquet file of {path.stat().st_size} bytes "
+                f"({str(error).splitlines()[0]}); is it truncated?"
+            ) from None
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _turns(inner: Any, notes: Counter[str]) -> list[str] | str:
+    """The turns of a nested list: objects with a question and an answer, pairs, or messages."""
+    if type(inner) is not list or not inner:
+        return "turns_missing"
+    if type(inner[0]) is dict and ("role" in inner[0] or "from" in inner[0]):
+        return dialogue(inner, notes)
+    flat: list[str] = []
+    for turn in inner:
+        if type(turn) is dict:
+            turn = [turn.get("question"), turn.get("answer")]
+        if type(turn) is not list or len(turn) != 2:
+            return "turn_not_a_question_and_answer"
+        question, answer = map(text_of, turn)
+        if question is None or answer is None:
+            return "text_not_a_string"
+        flat += [question, answer]
+    return rounds(flat, notes)
+
+
+SOURCE = CustomVQA
+
+if __name__ == "__main__":
+    from data_builders.build import run_source
+
+    run_source("custom_vqa")

@@ -1,0 +1,119 @@
+"""LLaVA-Instruct: 150k with its three parts, 80k, and the 1.5 mix of 665k with text-only rows.
+
+Record: `{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}`; the picture marker
+begins or ends the first question and is placed anew. Rows of the mix without an image become style
+`text`. The mix has no name of its parts, so `meta.subset` is read from the image path and the
+question's suffix, and short-answer parts get the style `vqa`. Ids repeat (COCO ids), hence ids of
+our own. Pictures: COCO train2017, found under their 2014 names too.
+
+Usage:
+    python -m data_builders.sources.llava_instruct --annotations llava_instruct_150k.json \\
+        --images coco/train2017 --out builds/llava
+"""
+
+from collections import Counter
+from typing import Any
+
+from data_builders.clean import dialogue
+from data_builders.source import Draft, File, Source
+
+_SHORT_ANSWER = (
+    "Answer the question using a single word or phrase.",
+    "Answer with the option's letter from the given choices directly.",
+)
+_SUBSETS = {
+    "coco": "coco", "vg": "visual_genome", "gqa": "gqa", "ocr_vqa": "ocr_vqa",
+    "textvqa": "textcaps",
+}  # fmt: skip
+
+
+class LlavaInstruct(Source):
+    """See the module."""
+
+    name = "llava_instruct"
+    title = "LLaVA-Instruct-150K, its parts, 80K, and the LLaVA-1.5 mix of 665K"
+    license = "CC-BY-4.0"
+    home = "huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K; COCO: cocodataset.org"
+    files = (
+        File("llava_instruct_150k.json", 229_000_000, "157,712 records"),
+        File("llava_instruct_80k.json", 131_000_000, "80,000 records, a subset of 150k"),
+        File("conversation_58k.json", 126_000_000, "56,681 records, part of 150k"),
+        File("detail_23k.json", 20_500_000, "23,240 records, part of 150k"),
+        File("complex_reasoning_77k.json", 79_600_000, "76,643 records, part of 150k"),
+        File("llava_v1_5_mix665k.json", 1_030_000_000, "665,298 records, holds 150k"),
+    )
+    image_folders = (
+        "coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images",
+        "vg/VG_100K", "vg/VG_100K_2",
+    )  # fmt: skip
+
+    def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
+        """Understands one record; see `Source.draft`."""
+        return llava_draft(record, notes, self.default_style, self.entry.style is None)
+
+
+def llava_draft(record: Any, notes: Counter[str], style: str, infer: bool = True) -> Draft | str:
+    """Understands a record of LLaVA's schema, which other sets share.
+
+    Args:
+        record: Any JSON value.
+        notes: Repairs are counted here.
+        style: Prompt style.
+        infer: Whether rows that ask for a short answer become style `vqa`.
+    """
+    if type(record) is not dict:
+        return "record_not_an_object"
+    messages = record.get("conversations")
+    turns = dialogue(messages, notes)
+    if type(turns) is str:
+        return turns
+    images = record.get("image")
+    if images is None:
+        names: list[str] = []
+    elif type(images) is str:
+        names = [images]
+    elif type(images) is list and all(type(name) is str for name in images):
+        names = images
+    else:
+        return "image_name_not_a_string"
+    problem = _check_markers(messages, len(names), notes)
+    if problem:
+        return problem
+    assert isinstance(turns, list)
+    identity = record.get("id")
+    draft = Draft(turns, names, style, None if identity is None else str(identity))
+    if infer and names and turns[0].endswith(_SHORT_ANSWER):
+        draft.style = "vqa"
+    if names and "/" in names[0]:
+        subset = _SUBSETS.get(names[0].split("/", 1)[0])
+        if subset:
+            draft.meta = {"subset": subset}
+    return draft
+
+
+def _check_markers(messages: Any, images: int, notes: Counter[str]) -> str:
+    """The reason to drop, if the markers contradict the pictures; repairs are counted."""
+    markers = 0
+    late = False
+    for place, message in enumerate(messages):
+        value = message.get("value")
+        if type(value) is str and "<image>" in value and message.get("from") == "human":
+            found = value.count("<image>")
+            late = late or place > 0
+            markers += found
+    if markers == images == 1 and not late:
+        return ""
+    if not images:
+        return "image_name_missing" if markers else ""
+    if images > 1:
+        return "" if markers == images and not late else "marker_count_differs"
+    notes["marker_added" if not markers else "marker_moved_or_merged"] += 1
+    return ""
+
+
+SOURCE = LlavaInstruct
+
+if __name__ == "__main__":
+    from data_builders.build import run_source
+
+    run_source("llava_instruct")
