@@ -19,7 +19,8 @@ ROLES: dict[str, int] = {
 }  # fmt: skip
 
 _CONTROL = re.compile(
-    r"[ \t]*(?:</?s>|<EOI>|<pad>|<unk>|<image>|<\|im_(?:start|end)\|>|<\|endoftext\|>|\[/?INST\])[ \t]*",
+    r"[ \t]*(?:</?s>|<EOI>|<pad>|<unk>|<image>|<\|im_(?:start|end)\|>|<\|endoftext\|>"
+    r"|\[/?INST\])[ \t]*",
     re.IGNORECASE,
 )
 _LEAKED_TURN = re.compile(r"\n\s*(?:Question|Human|USER):.*", re.DOTALL)

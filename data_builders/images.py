@@ -21,7 +21,21 @@ from PIL import Image, UnidentifiedImageError
 from cogvlm_sft.errors import DataError
 
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pnm .jp2".split()
+    [
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".png",
+        ".gif",
+        ".bmp",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pnm",
+        ".jp2",
+    ]
 )
 _COCO = re.compile(r"^(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})$", re.IGNORECASE)
 _VG_FOLDERS = ("VG_100K", "VG_100K_2")

@@ -86,9 +86,7 @@ class Ledger:
         """Ends reading: the columns become arrays; ids that occur twice lose their later copy."""
         self._spill.flush()
         empty: list[Any] = [np.zeros(0, np.uint32)]
-        self.columns = {
-            name: np.concatenate(parts or empty) for name, parts in self._parts.items()
-        }
+        self.columns = {name: np.concatenate(parts or empty) for name, parts in self._parts.items()}
         self.columns["picture"] = np.concatenate(self._first_picture or [np.zeros(0, np.int32)])
         ends = np.cumsum(self.columns["lengths"], dtype=np.int64)
         self.columns["offset"] = ends - self.columns["lengths"]

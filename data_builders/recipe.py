@@ -67,7 +67,7 @@ class ImageRules(Strict):
 
 
 class Deduplicate(Strict):
-    """`text`: same texts and same picture; `near`: same texts, pictures within so many hash bits."""
+    """`text`: same texts, same picture; `near`: same texts, pictures within so many hash bits."""
 
     text: bool = True
     near: int | None = Field(default=None, ge=0, le=16)

@@ -25,7 +25,6 @@ from data_builders.clean import has_alien
 from data_builders.images import ImageFinder
 from data_builders.recipe import SourceEntry, Strict, options, source_names
 
-
 EXAMPLES = 20
 
 
@@ -114,7 +113,7 @@ class Source:
         raise NotImplementedError
 
     def units(self, record: Any) -> int:
-        """How many rows of the files a raw record stands for; more than one where rows are joined."""
+        """How many rows of the files a raw record stands for: several where rows are joined."""
         return 1
 
 

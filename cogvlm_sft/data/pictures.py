@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from cogvlm_sft.errors import DataError
+from cogvlm_sft.model.image_processing_cogvlm import to_rgb
 
 _SMALL = 64 * 1024
 _TAIL = 4 * 1024
@@ -18,7 +19,7 @@ _JPEG_END = b"\xff\xd9"
 
 
 def read_picture(path: Path, where: str) -> Image.Image:
-    """Decodes a picture fully.
+    """Decodes a picture fully, upright and in RGB.
 
     Args:
         path: The file.
@@ -30,7 +31,7 @@ def read_picture(path: Path, where: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return image
+            return to_rgb(image)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise _damaged(path, where, error) from None
 
@@ -45,11 +46,11 @@ def check_picture(path: Path, where: str) -> None:
         size = path.stat().st_size
         if size > _SMALL:
             with Image.open(path) as image:
-                kind = image.format
-                if kind == "PNG":
+                if image.format == "PNG":
                     image.verify()
                     return
-            if kind in ("JPEG", "MPO"):
+                is_jpeg = image.format in ("JPEG", "MPO")
+            if is_jpeg:
                 with path.open("rb") as stream:
                     stream.seek(size - _TAIL)
                     if _JPEG_END in stream.read():

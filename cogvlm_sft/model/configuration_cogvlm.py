@@ -86,7 +86,6 @@ class CogVLMConfig(PreTrainedConfig):
     """
 
     model_type = "cogvlm"
-    sub_configs = {"vision_config": CogVLMVisionConfig}  # noqa: RUF012
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     vocab_size: int = 32000

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -37,7 +37,7 @@ from .token_layout import (
     gather_rows,
     plan,
 )
-from .vision_cogvlm import CogVLMVisionModel, attention_function
+from .vision_cogvlm import CogVLMVisionModel, eager_attention
 
 IGNORE_INDEX = -100
 
@@ -142,7 +142,10 @@ class CogVLMAttention(nn.Module):
         query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        output, weights = attention_function(self.config._attn_implementation)(
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        output, weights = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
         target = routing if read is None else read
@@ -333,7 +336,8 @@ class CogVLMModel(CogVLMPreTrainedModel):
             if token_type_ids is None or token_type_ids.shape[1] != seen + length:
                 covered = 0 if token_type_ids is None else token_type_ids.shape[1]
                 raise ModelInputError(
-                    f"token_type_ids cover {covered} tokens; expected all {seen + length} ({seen} in the cache, {length} new): "
+                    f"token_type_ids cover {covered} tokens; expected all {seen + length} ({seen} "
+                    f"in the cache, {length} new): "
                     "positions behind a picture depend on them (or pass position_ids)"
                 )
             position_ids = build_position_ids(token_type_ids, mask)[:, -length:]

@@ -33,6 +33,7 @@ IGNORED_LABEL = -100
 
 _MARKER_WITH_SPACE = re.compile(rf"\s*{IMAGE_MARKER}\s*")
 
+
 class CogVLMProcessor(ProcessorMixin):
     """Joins CogVLM's image transform and a tokenizer.
 

@@ -9,7 +9,6 @@ whose result is multiplied by zero, so that every rank of a sharded run computes
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -61,11 +60,6 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def attention_function(implementation: str | None) -> Callable:
-    """The function of transformers' attention interface that a configuration names."""
-    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation or "eager", eager_attention)
-
-
 class CogVLMPatchEmbedding(nn.Module):
     """Patches in row-major order behind a class token, plus learned positions."""
 
@@ -109,8 +103,10 @@ class CogVLMVisionAttention(nn.Module):
         fused = self.query_key_value(hidden_states).view(images, tokens, 3, -1, self.head_dim)
         query, key, value = fused.permute(2, 0, 3, 1, 4).unbind(0)
         # The tower follows the language model unless it was given an implementation of its own.
-        own = self.config.vision_config._attn_implementation
-        attend = attention_function(own or self.config._attn_implementation)
+        implementation = (
+            self.config.vision_config._attn_implementation or self.config._attn_implementation
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         output, _ = attend(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
         return self.output_dropout(self.dense(output.reshape(images, tokens, hidden)))
 
@@ -274,4 +270,4 @@ def _is_sharded(module: nn.Module) -> bool:
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())
 
 
-__all__ = ["CogVLMVisionModel", "attention_function"]
+__all__ = ["CogVLMVisionModel", "eager_attention"]

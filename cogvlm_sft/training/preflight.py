@@ -1,15 +1,16 @@
 """Everything that can be wrong with a run, looked for before the expensive part, cheapest first.
 
-`check_ready` needs no weights: paths, packages, and whether the memory of this machine holds what
-the estimate says; all that is missing comes in one message. `check_data` encodes a sample of the
-conversations, pictures included. `check_output` decides between a fresh start and a resume, and
-never lets two different runs write into one folder.
+`check_output` decides between a fresh start and a resume, and never lets two different runs write
+into one folder. `check_ready` needs no weights: paths, packages, and whether the memory of this
+machine holds what the estimate says; all that is missing comes in one message. The conversations
+are checked after that, by `data.mixture`, which encodes each of them once.
 """
 
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,13 @@ import yaml
 
 from cogvlm_sft.checkpoint.load import build_processor, load_config, load_processor, weight_files
 from cogvlm_sft.conversation import conversation_files
-from cogvlm_sft.data.mixture import ConversationDataset
-from cogvlm_sft.errors import CheckpointError, CogVLMSFTError, DataError, RecipeError
+from cogvlm_sft.errors import CheckpointError, CogVLMSFTError, RecipeError
 from cogvlm_sft.model import CogVLMConfig, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.estimate import GIB, estimate, model_config
 
 RECIPE_FILE = "recipe.yaml"
-_SAMPLE = 256
 
 # Keys that may differ between a run and its resumption: they change neither the order of the data
 # nor, beyond rounding, what is learnt.
@@ -74,7 +73,7 @@ def check_ready(recipe: Recipe, world_size: int) -> None:
                 f"({config.num_image_tokens} tokens, with BOS and text at least {shortest})"
             )
     for number, source in enumerate(data.train):
-        check(f"data.train.{number}.path", lambda path=source.path: conversation_files(path))
+        check(f"data.train.{number}.path", partial(conversation_files, source.path))
     if data.validation is not None:
         validation = data.validation
         check("data.validation", lambda: conversation_files(validation))
@@ -155,37 +154,6 @@ def processor_for(recipe: Recipe) -> CogVLMProcessor:
     if recipe.model.tokenizer is None:
         raise RecipeError(f"{recipe.source}: model.config needs model.tokenizer")
     return build_processor(config, recipe.model.tokenizer)
-
-
-def check_data(dataset: ConversationDataset, recipe: Recipe) -> dict[str, int]:
-    """Encode up to 256 conversations spread over the dataset, pictures and labels included.
-
-    Returns:
-        `conversations`, `sampled`, `longest` (tokens) and `supervised` (tokens) of the sample.
-
-    Raises:
-        DataError: there are none, or one cannot be encoded (file and line are named).
-    """
-    size = len(dataset)
-    if size == 0:
-        raise DataError(
-            f"{recipe.source}: data.train holds no conversation that can be trained on "
-            f"({', '.join(str(source.path) for source in recipe.data.train)})"
-        )
-    sampled = sorted({round(i * (size - 1) / max(1, _SAMPLE - 1)) for i in range(_SAMPLE)})
-    longest = supervised = 0
-    for index in sampled:
-        item = dataset[index]
-        longest = max(longest, len(item["input_ids"]))
-        supervised += sum(1 for label in item["labels"] if label != -100)
-    if supervised == 0:
-        raise DataError(f"{recipe.source}: none of {len(sampled)} sampled conversations has labels")
-    return {
-        "conversations": size,
-        "sampled": len(sampled),
-        "longest": longest,
-        "supervised": supervised,
-    }
 
 
 def check_output(recipe: Recipe) -> Path | None:

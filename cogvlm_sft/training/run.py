@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from transformers import set_seed
+from transformers.utils import logging as transformers_logging
 
 from cogvlm_sft.checkpoint.load import build_model, load_model, save_checkpoint
 from cogvlm_sft.data.collator import CogVLMCollator
@@ -25,7 +26,6 @@ from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.preflight import (
     RECIPE_FILE,
-    check_data,
     check_output,
     check_ready,
     processor_for,
@@ -88,15 +88,14 @@ def train(recipe: Recipe) -> TrainResult:
     held_out = None
     if recipe.data.validation is not None:
         held_out = _dataset(recipe, processor, [(recipe.data.validation, 1.0)])
-    counts = check_data(dataset, recipe)
-    with _deterministic(), _fresh_output(recipe.train.output, first):
+    with _deterministic(), _quiet(), _fresh_output(recipe.train.output, first):
         set_seed(recipe.train.seed)
         model = _model(recipe)
         rates = recipe.tune.trainable()
         set_trainable(model, rates)
         _hold_frozen(model, getattr(torch, recipe.model.dtype))
         if first:
-            _announce(recipe, model, counts, resume_from)
+            _announce(recipe, model, dataset, resume_from)
             _write_recipe(recipe)
             snapshots.remove_leftovers(recipe.train.output)
         stop, progress = StopOnSignal(), Progress()
@@ -169,6 +168,7 @@ def _dataset(
         image_root=recipe.data.image_root,
         max_length=recipe.data.max_length,
         loss_on=recipe.data.loss_on,
+        seed=recipe.train.seed,
     )
 
 
@@ -187,7 +187,10 @@ def _hold_frozen(model: CogVLMForCausalLM, dtype: torch.dtype) -> None:
 
 
 def _announce(
-    recipe: Recipe, model: CogVLMForCausalLM, counts: dict[str, int], resume_from: Path | None
+    recipe: Recipe,
+    model: CogVLMForCausalLM,
+    dataset: ConversationDataset,
+    resume_from: Path | None,
 ) -> None:
     """The start-up table and what the run is about to do."""
     train = recipe.train
@@ -195,10 +198,7 @@ def _announce(
         model, learning_rate=train.learning_rate, rates=recipe.tune.trainable()
     )
     print(group_table(summaries))
-    print(
-        f"data: {counts['conversations']:,} conversations, longest of {counts['sampled']} sampled "
-        f"{counts['longest']} tokens"
-    )
+    print(f"\n{dataset.report}, the longest of {max(dataset.lengths):,} tokens\n")
     print(
         f"run: {train.iterations:,} steps of {train.global_batch_size} conversations into "
         f"{train.output}, "
@@ -226,6 +226,18 @@ def _fresh_output(output: Path, first: bool) -> Iterator[None]:
         if first and not existed and not snapshots.snapshots(output):
             shutil.rmtree(output, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Only our own progress bar: transformers would draw one per weight file it reads or writes."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

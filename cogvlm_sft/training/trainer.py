@@ -64,6 +64,11 @@ class GlobalBatchSampler(Sampler[int]):
 class CogVLMTrainer(SFTTrainer):
     """Fine-tuning of a CogVLM by a recipe's groups, rates and schedule."""
 
+    # Attributes of transformers' Trainer that are set here too.
+    optimizer: Any
+    lr_scheduler: Any
+    control: Any
+
     def __init__(
         self,
         model: CogVLMForCausalLM,
@@ -118,7 +123,7 @@ class CogVLMTrainer(SFTTrainer):
         """TRL reports each run to its authors; we do not."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         per_step = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

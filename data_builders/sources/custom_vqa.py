@@ -44,7 +44,7 @@ class CustomOptions(Strict):
         label_pattern: Regular expression whose first group is the label in a file's stem.
     """
 
-    columns: dict[Column, str] = {}
+    columns: dict[Column, str] = Field(default_factory=dict)
     delimiter: str | None = Field(default=None, min_length=1, max_length=1)
     question: str = "CAPTCHA:"
     label_pattern: str | None = None
@@ -113,7 +113,9 @@ class CustomVQA(Source):
             turns = _turns(inner, notes)
         else:
             pair = self._pair(record)
-            turns = rounds(list(pair), notes) if type(pair) is tuple else pair
+            if isinstance(pair, str):
+                return pair
+            turns = rounds(list(pair), notes)
         if type(turns) is str:
             return turns
         assert isinstance(turns, list)
@@ -189,7 +191,7 @@ class CustomVQA(Source):
                 f"{[str(folder) for folder in self.entry.images] or 'the image root'}"
             )
 
-    def _labelled(self, path: str, pattern: re.Pattern[str] | None | str) -> dict[str, Any]:
+    def _labelled(self, path: str, pattern: re.Pattern[str] | str | None) -> dict[str, Any]:
         label = PurePosixPath(path).stem
         row = {self._column("image"): path, self._column("question"): self.options.question}
         if isinstance(pattern, re.Pattern):
@@ -199,9 +201,7 @@ class CustomVQA(Source):
             label = match.group(1)
         return {**row, self._column("answer"): label}
 
-    def _joined(
-        self, path: Path, first: Batch, rest: Iterator[Batch], key: str
-    ) -> Iterator[Batch]:
+    def _joined(self, path: Path, first: Batch, rest: Iterator[Batch], key: str) -> Iterator[Batch]:
         groups: dict[Any, list[Any]] = {}
         for batch in (first, *rest):
             for index, row in enumerate(batch.records, start=batch.start):
@@ -212,7 +212,7 @@ class CustomVQA(Source):
         conversations: list[Any] = []
         for rows in groups.values():
             if all(type(row) is dict and _number(row.get(order)) is not None for row in rows):
-                rows.sort(key=lambda row: _number(row[order]))
+                rows.sort(key=lambda row: _number(row[order]) or 0.0)
             conversations.append({"_rows": rows})
         for start in range(0, len(conversations), ROWS):
             yield Batch(path.name, start, conversations[start : start + ROWS])
@@ -250,9 +250,7 @@ class CustomVQA(Source):
     def _csv(self, path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
         csv.field_size_limit(1 << 30)
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(
-                stream, delimiter=self.options.delimiter or delimiter, strict=True
-            )
+            reader = csv.reader(stream, delimiter=self.options.delimiter or delimiter, strict=True)
             header: list[str] = []
             try:
                 for cells in reader:

@@ -180,7 +180,7 @@ def test_gradient_checkpointing(model, cases, reentrant):
     model.train()
     expected = copy.deepcopy(model)
     expected(**batch).loss.backward()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     for options in ({}, {"supervised_only": True}):
         model.zero_grad()
         model(**batch, **options).loss.backward()
@@ -201,7 +201,7 @@ def test_frozen_tower_runs_without_autograd_and_once(model, cases):
         lambda module, inputs, output: calls.append(output.requires_grad)
     )
     model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model(**batch).loss.backward()
     assert calls == [False]
     for part in tower:

@@ -1,5 +1,6 @@
 """A world small enough to train in a second: tokenizer, pictures, conversations, a recipe."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,12 @@ TINY = {
         "num_positions": 5,
     },
 }
+
+
+@pytest.fixture
+def tiny() -> dict[str, Any]:
+    """Fields of a model of 0.25M parameters that sees 28 px pictures."""
+    return copy.deepcopy(TINY)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,236 @@
+"""The manifest of a build, and the check that a build still is what its manifest says.
+
+`manifest.json` holds what the build was made of (inputs with sha256, recipe, seed, licences,
+versions) and what became of every raw record: read = kept + dropped by named reason, for each
+source. It holds no time, no host and no worker count, so the same inputs give the same bytes.
+"""
+
+import hashlib
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from cogvlm_sft.conversation import parse_conversation, resolve_image
+from cogvlm_sft.errors import DataError
+from data_builders.images import ImageLimits, check_image
+from data_builders.mix import Ledger
+from data_builders.source import Source
+
+SCHEMA = 1
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        conversations: Conversations read.
+        images: Distinct pictures opened.
+        problems: One line for each problem; empty when the build is sound.
+    """
+
+    conversations: int = 0
+    images: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the build is sound."""
+        return not self.problems
+
+    def summary(self) -> str:
+        """One line, and one more for each problem."""
+        head = f"{self.conversations:,} conversations, {self.images:,} pictures opened"
+        return f"{head}: " + ("sound" if self.ok else "\n  ".join(["not sound", *self.problems]))
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def input_facts(source: Source) -> list[dict[str, Any]]:
+    """Name, size and hash of every annotation file of a source."""
+    return [
+        {
+            "source": source.entry.name,
+            "path": path.as_posix(),
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+        }
+        for path in source.inputs()
+    ]
+
+
+def make_manifest(
+    *,
+    recipe: dict[str, Any],
+    image_root: str,
+    seed: int,
+    inputs: list[dict[str, Any]],
+    sources: list[Source],
+    ledger: Ledger,
+    written: dict[str, dict[str, int]],
+    pictures: dict[str, int],
+    held_out: dict[str, Any],
+    files: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Puts the manifest together; checks that nothing vanished.
+
+    Args:
+        recipe: The resolved recipe without what may not change the result.
+        image_root: What paths are relative to.
+        seed: Seed of the order.
+        inputs: See `input_facts`.
+        sources: The sources, in order.
+        ledger: What happened to the records.
+        written: Conversations, questions and answer characters written, per source.
+        pictures: Counts of pictures by kind and size.
+        held_out: Overlap with each held-out set.
+        files: Name, conversations, bytes and sha256 of each shard.
+    """
+    table: dict[str, Any] = {}
+    for source in sources:
+        name = source.entry.name
+        dropped = dict(sorted(ledger.drops[name].items()))
+        kept = int(ledger.columns["units"][_of(ledger, name)].sum())
+        if ledger.read[name] != kept + sum(dropped.values()):
+            raise AssertionError(f"{name}: {ledger.read[name]} read, {kept} kept, {dropped}")
+        table[name] = {
+            "module": type(source).name,
+            "title": source.title,
+            "license": source.license,
+            "commercial_use": source.commercial,
+            "read": ledger.read[name],
+            "kept": kept,
+            "dropped": dropped,
+            "repaired": dict(sorted(ledger.notes[name].items())),
+            **written[name],
+        }
+    return {
+        "schema": SCHEMA,
+        "versions": {
+            "cogvlm-sft": _version("cogvlm-sft"),
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("orjson", "ijson", "pillow", "numpy")},
+        },
+        "seed": seed,
+        "image_root": image_root,
+        "recipe": recipe,
+        "inputs": inputs,
+        "sources": table,
+        "totals": {
+            key: sum(row[key] for row in table.values())
+            for key in ("read", "kept", "conversations", "questions")
+        }
+        | {"dropped": sum(sum(row["dropped"].values()) for row in table.values())},
+        "licenses": sorted({row["license"] for row in table.values()}),
+        "pictures": pictures,
+        "held_out": held_out,
+        "files": files,
+        "examples": {
+            name: [
+                {"reason": e.reason, "file": e.file, "index": e.index, "excerpt": e.excerpt}
+                for e in sorted(ledger.examples[name], key=lambda e: (e.reason, e.file, e.index))
+            ]
+            for name in ledger.sources
+        },
+    }
+
+
+def _of(ledger: Ledger, name: str) -> Any:
+    return ledger.alive & (ledger.columns["source"] == ledger.sources.index(name))
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def read_manifest(build_dir: Path) -> dict[str, Any]:
+    """The manifest of a build folder.
+
+    Raises:
+        DataError: The folder is no build, or its manifest is broken.
+    """
+    path = build_dir / "manifest.json"
+    try:
+        content = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{build_dir}: no manifest.json; is it a build folder?") from None
+    except (orjson.JSONDecodeError, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); build again") from None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise DataError(f"{path}: not a manifest of schema {SCHEMA}; build again")
+    return content
+
+
+def verify(build_dir: Path | str, image_root: Path | str | None = None) -> VerifyReport:
+    """Checks a build: hashes, counts, every record valid, every id once, every picture opens.
+
+    Args:
+        build_dir: The build folder.
+        image_root: Where its pictures are; the manifest's unless given.
+
+    Raises:
+        DataError: It is not a build folder at all.
+    """
+    folder = Path(build_dir)
+    manifest = read_manifest(folder)
+    root = Path(image_root if image_root is not None else manifest["image_root"])
+    report = VerifyReport()
+    ids: set[str] = set()
+    pictures: set[str] = set()
+    limits = ImageLimits(1, float("inf"), manifest["recipe"]["images"]["max_pixels"])
+    listed = {entry["name"]: entry for entry in manifest["files"]}
+    for stray in sorted({p.name for p in folder.glob("conversations-*.jsonl")} - set(listed)):
+        report.problems.append(f"{stray}: not in the manifest")
+    for name, entry in listed.items():
+        path = folder / name
+        if not path.is_file():
+            report.problems.append(f"{name}: missing")
+            continue
+        if sha256(path) != entry["sha256"]:
+            report.problems.append(f"{name}: sha256 differs from the manifest's")
+        count = 0
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                count += 1
+                try:
+                    conversation = parse_conversation(line, f"{name}:{number}")
+                except DataError as error:
+                    report.problems.append(str(error))
+                    continue
+                if conversation.id in ids:
+                    report.problems.append(f"{name}:{number}: id {conversation.id} occurs twice")
+                ids.add(conversation.id)
+                for relative in conversation.images:
+                    if relative in pictures:
+                        continue
+                    pictures.add(relative)
+                    problem = _picture_problem(root, relative, limits)
+                    if problem:
+                        report.problems.append(f"{name}:{number}: {relative}: {problem}")
+                    else:
+                        report.images += 1
+        report.conversations += count
+        if count != entry["conversations"]:
+            report.problems.append(
+                f"{name}: {count} conversations, the manifest says {entry['conversations']}"
+            )
+    return report
+
+
+def _picture_problem(root: Path, relative: str, limits: ImageLimits) -> str | None:
+    try:
+        path = resolve_image(root, relative)
+    except DataError as error:
+        return str(error)
+    return check_image(path, limits).reason

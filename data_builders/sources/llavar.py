@@ -1,0 +1,48 @@
+"""LLaVAR: text-rich pictures from LAION, in files that also hold all of LLaVA-Instruct.
+
+LLaVA's schema. The 16k and 20k files are LLaVA's 158k followed by 15,500 or 19,800 new records,
+whose picture names begin with 1000 (twelve digits, like COCO's but no COCO pictures). Only those
+are taken; LLaVA's part is dropped by name, so a build with both never counts it twice.
+
+Usage:
+    python -m data_builders.sources.llavar --annotations llava_instruct_150k_llavar_16k.json \\
+        --images llavar/finetune --out builds/llavar
+"""
+
+from collections import Counter
+from typing import Any
+
+from data_builders.source import Draft, File, Source
+from data_builders.sources.llava_instruct import llava_draft
+
+
+class Llavar(Source):
+    """See the module."""
+
+    name = "llavar"
+    title = "LLaVAR fine-tuning part (text-rich pictures)"
+    license = "CC-BY-NC-4.0"
+    commercial = False
+    home = "huggingface.co/datasets/SALT-NLP/LLaVAR"
+    files = (
+        File("llava_instruct_150k_llavar_16k.json", 267_951_819, "LLaVA and 15,500 new"),
+        File("llava_instruct_150k_llavar_20k.json", 272_031_548, "LLaVA and 19,800 new"),
+        File("finetune.zip", 603_000_000, "pictures"),
+    )
+    image_folders = ("finetune (unpacked)",)
+
+    def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
+        """Understands one record; see `Source.draft`."""
+        if type(record) is dict:
+            image = record.get("image")
+            if type(image) is str and not image.rsplit("/", 1)[-1].startswith("1000"):
+                return "part_of_llava_instruct"
+        return llava_draft(record, notes, self.default_style, infer=False)
+
+
+SOURCE = Llavar
+
+if __name__ == "__main__":
+    from data_builders.build import run_source
+
+    run_source("llavar")

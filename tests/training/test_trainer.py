@@ -1,0 +1,233 @@
+"""What the trainer adds to TRL's: rates, fp32 weights, the global batch, the order of the data."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cogvlm_sft import CogVLMForCausalLM, Recipe, train
+from cogvlm_sft.training.telemetry import read_metrics
+from cogvlm_sft.training.trainer import GlobalBatchSampler, hold_trainable_in_fp32, rate_schedule
+from cogvlm_sft.tune import group_of, set_trainable
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def initial_weights(recipe: Recipe) -> dict[str, torch.Tensor]:
+    from cogvlm_sft.checkpoint.load import build_model
+
+    torch.manual_seed(recipe.train.seed)
+    return build_model(recipe.model.config or {}).state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_a_run_writes_checkpoint_logs_and_picture(make_recipe: MakeRecipe, world: Path) -> None:
+    recipe = make_recipe(data__validation=world / "train.jsonl", train__learning_rate=3e-3)
+    result = train(recipe)
+    assert result.steps == 6
+    rows = read_metrics(result.output / "metrics.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 6
+    assert losses[-1] == result.final_loss < losses[0]
+    assert rows[-1]["eval_loss"] == result.held_out_loss
+    assert (result.output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(result.output.rglob("*.bin"))
+    model = CogVLMForCausalLM.from_pretrained(result.output)
+    assert same(model.state_dict(), weights(result.output))
+    for name in ("tokenizer.json", "processor_config.json", "recipe.yaml"):
+        assert (result.output / name).is_file()
+    assert not list(result.output.parent.glob(".*"))
+
+
+def test_rates_per_group_keep_their_ratio(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(
+        tune__language={"rate": 0.1},
+        tune__embeddings={"rate": 0.1},
+        tune__vision_tower={"mode": "frozen"},
+    )
+    before = initial_weights(recipe)
+    result = train(recipe)
+    for row in read_metrics(result.output / "metrics.jsonl"):
+        assert row["lr/language"] == pytest.approx(0.1 * row["lr/visual_expert"])
+        assert row["lr/embeddings"] == pytest.approx(0.1 * row["lr/adapter"])
+        assert row["learning_rate"] == row["lr/visual_expert"]
+        assert "lr/vision_tower" not in row
+    after = weights(result.output)
+    moved: dict[str, float] = {}
+    for name, value in before.items():
+        if name.endswith("inv_freq"):
+            continue
+        change = (after[name] - value).abs().max().item()
+        group = group_of(name)
+        moved[group] = max(moved.get(group, 0.0), change)
+    assert moved["vision_tower"] == 0.0
+    # An AdamW entry moves by about the rate at each step, so the ratio shows in the weights.
+    assert 0.05 < moved["language"] / moved["visual_expert"] < 0.2
+    assert 0.05 < moved["embeddings"] / moved["adapter"] < 0.2
+
+
+def test_groups_land_in_the_optimizer(make_recipe: MakeRecipe) -> None:
+    result = train(make_recipe(tune__language={"rate": 0.1}, train__weight_decay=0.5))
+    snapshot = result.output / "snapshots" / "step-00000006" / "optimizer.pt"
+    groups = torch.load(snapshot, weights_only=True)["param_groups"]
+    decay = {group["name"]: group["weight_decay"] for group in groups}
+    assert decay["language.decay"] == 0.5 and decay["language.no_decay"] == 0.0
+    rates = {group["name"]: group["initial_lr"] for group in groups}
+    assert rates["language.decay"] == pytest.approx(0.1 * rates["visual_expert.decay"])
+    assert all(group["betas"] == (0.9, 0.95) or group["betas"] == [0.9, 0.95] for group in groups)
+
+
+def test_first_step_trains_and_cosine_ends_at_zero() -> None:
+    factor = rate_schedule("cosine", 50, 8000)
+    assert factor(0) == pytest.approx(1 / 50)
+    assert factor(49) == 1.0 and factor(50) == 1.0
+    assert factor(4025) == pytest.approx(0.5)
+    assert factor(8000) == pytest.approx(0.0)
+    assert rate_schedule("constant_with_warmup", 2, 10)(9) == 1.0
+
+
+def test_small_rate_moves_nearly_every_entry(make_recipe: MakeRecipe) -> None:
+    """Hazard: TRL holds trainable weights in bf16, where lr 1e-5 moves one entry in ten."""
+    recipe = make_recipe(
+        train__learning_rate=1e-5,
+        train__iterations=20,
+        train__warmup_iterations=0,
+        train__schedule="constant",
+        train__micro_batch_size=4,
+        tune__embeddings={"mode": "frozen"},
+    )
+    before = initial_weights(recipe)
+    after = weights(train(recipe).output)
+    names = [n for n in before if not n.endswith("inv_freq") and group_of(n) != "embeddings"]
+    moved = sum((before[n] != after[n]).sum().item() for n in names)
+    assert moved / sum(before[n].numel() for n in names) > 0.95
+
+
+def test_trainable_weights_are_held_in_fp32(tiny: dict[str, object]) -> None:
+    from cogvlm_sft.checkpoint.load import build_model
+
+    model = build_model(tiny, dtype="bfloat16")
+    set_trainable(model, ["visual_expert"])
+    hold_trainable_in_fp32(model)
+    for name, parameter in model.named_parameters():
+        wanted = torch.float32 if group_of(name) == "visual_expert" else torch.bfloat16
+        assert parameter.dtype == wanted, name
+
+
+def test_bf16_run_keeps_fp32_in_snapshots_and_writes_bf16(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(
+        model__dtype="bfloat16", train__iterations=2, tune__vision_tower={"mode": "frozen"}
+    )
+    result = train(recipe)
+    masters = weights(result.output / "snapshots" / "step-00000002")
+    assert masters["lm_head.weight"].dtype == torch.float32
+    assert masters["model.vision.patch_embedding.proj.weight"].dtype == torch.bfloat16
+    assert {v.dtype for v in weights(result.output).values()} == {torch.bfloat16}
+    config = json.loads((result.output / "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == "bfloat16"
+
+
+def test_accumulation_does_not_change_the_result(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """4 x 1 = 2 x 2 = 1 x 4: the mean is over all supervised tokens of the global batch."""
+    losses = []
+    for micro in (4, 2, 1):
+        output = tmp_path / f"micro{micro}"
+        result = train(make_recipe(train__micro_batch_size=micro, train__output=output))
+        losses.append([r["loss"] for r in read_metrics(result.output / "metrics.jsonl")])
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], abs=1e-6)
+
+
+def test_same_seed_same_weights_other_seed_other_weights(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    one, two, other = (
+        weights(train(make_recipe(train__output=tmp_path / name, train__seed=seed)).output)
+        for name, seed in (("one", 1), ("two", 1), ("other", 2))
+    )
+    assert same(one, two)
+    assert not same(one, other)
+
+
+def test_sampler_runs_across_the_ends_of_passes() -> None:
+    order = list(GlobalBatchSampler(10, 24, seed=3))
+    assert len(order) == 24
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert order[:10] != order[10:20]
+    assert order == list(GlobalBatchSampler(10, 24, seed=3))
+    assert order[:12] == list(GlobalBatchSampler(10, 12, seed=3))
+    assert order != list(GlobalBatchSampler(10, 24, seed=4))
+
+
+def test_every_step_holds_the_global_batch(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """22 conversations, batch 4: stock Trainer would give the sixth step two of them."""
+    from cogvlm_sft.data.collator import CogVLMCollator
+
+    sizes: list[int] = []
+    collate = CogVLMCollator.__call__
+
+    def counting(self: CogVLMCollator, items: list[dict[str, object]]) -> object:
+        sizes.append(len(items))
+        return collate(self, items)
+
+    monkeypatch.setattr(CogVLMCollator, "__call__", counting)
+    train(make_recipe(train__iterations=8))
+    assert sizes == [2] * 16
+
+
+def test_gradient_checkpointing_gives_the_same_weights(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    plain, checked = (
+        weights(
+            train(
+                make_recipe(train__gradient_checkpointing=on, train__output=tmp_path / f"run{on}")
+            ).output
+        )
+        for on in (False, True)
+    )
+    for name, value in plain.items():
+        torch.testing.assert_close(checked[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_head_runs_at_supervised_positions_only(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    labels: list[int] = []
+    forward = CogVLMForCausalLM.forward
+
+    def watch(self: CogVLMForCausalLM, *args: object, **kwargs: object) -> object:
+        hook = self.lm_head.register_forward_hook(lambda m, i, o: rows.append(i[0].shape[0]))
+        labels.append(int((kwargs["labels"][:, 1:] != -100).sum()))  # type: ignore[index]
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(CogVLMForCausalLM, "forward", watch)
+    train(make_recipe(train__iterations=2))
+    assert rows == labels and len(rows) == 4
+
+
+def test_no_telemetry_is_sent(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trl.trainer.base_trainer as base
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("telemetry was sent")
+
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(base, "send_telemetry", refuse)
+    train(make_recipe(train__iterations=1, train__warmup_iterations=0))
