@@ -3,14 +3,13 @@
 A conversation is one JSON object a line: an id, a source, a prompt style, image paths relative to
 an image root, and alternating user and assistant turns whose text holds `<image>` where a picture
 stands. Notable choices: content stays a string (content-part lists do not survive Arrow), `images`
-is always a list, paths never leave the image root (checked here, symlinks included), and the prompt
-templates live beside the record because a record names its style. No torch, no transformers.
+is always a list, paths never leave the image root (checked here, symlinks included). No torch, no transformers.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -27,10 +26,6 @@ ROLES: tuple[Role, ...] = get_args(Role)
 IMAGE_MARKER = "<image>"
 
 _MARKER_WITH_SPACE = re.compile(rf"\s*{IMAGE_MARKER}\s*")
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 _FIELDS = {"id", "source", "style", "images", "messages", "meta"}
 
 
@@ -237,30 +232,6 @@ def resolve_image(image_root: Path, relative: str, where: str = "conversation") 
 def strip_marker(text: str) -> str:
     """The text without `<image>` and the white space around each; ends are stripped."""
     return _MARKER_WITH_SPACE.sub(" ", text).strip() if IMAGE_MARKER in text else text.strip()
-
-
-def prompt_suffix(style: Style) -> str:
-    """The words that call for an answer; empty for `base`."""
-    return {"chat": " Answer:", "vqa": " Short answer:", "base": "", "text": " ASSISTANT:"}[style]
-
-
-def format_prompt(style: Style, question: str, history: Sequence[tuple[str, str]] = ()) -> str:
-    """The prompt text of the released model, without BOS and picture.
-
-    Rule: `_history_to_prompt` of the released code: earlier rounds use the same suffix word, one
-    line each, no EOS between them. `text` is Vicuna v1.5's prompt, its rounds closed by `</s>` in
-    Vicuna and by a newline here, so that all styles share one separator.
-
-    Args:
-        style: Which template.
-        question: The question that the model is to answer, without marker.
-        history: Earlier (question, answer) pairs.
-    """
-    suffix = prompt_suffix(style)
-    start = {"chat": "Question: ", "vqa": "Question: ", "base": "", "text": "USER: "}[style]
-    lines = [f"{start}{asked}{suffix} {answer}\n" for asked, answer in history]
-    system = f"{_VICUNA_SYSTEM} " if style == "text" else ""
-    return f"{system}{''.join(lines)}{start}{question}{suffix}"
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:

@@ -1,4 +1,4 @@
-"""Every test runs offline, in fp32, on one thread, so that figures repeat from machine to machine."""
+"""Every test runs offline, in fp32 and on one thread: figures repeat from machine to machine."""
 
 import os
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from cogvlm_sft.conversation import (
     Conversation,
     Turn,
-    format_prompt,
     parse_conversation,
     read_conversations,
     resolve_image,
@@ -119,20 +118,6 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_conversations(path, broken())
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_prompts_are_the_released_ones() -> None:
-    history = [("What is it?", "A bus.")]
-    assert format_prompt("chat", "Why?") == "Question: Why? Answer:"
-    assert format_prompt("vqa", "Why?") == "Question: Why? Short answer:"
-    assert format_prompt("base", "") == ""
-    assert format_prompt("chat", "Why?", history) == (
-        "Question: What is it? Answer: A bus.\nQuestion: Why? Answer:"
-    )
-    assert format_prompt("vqa", "Why?", history) == (
-        "Question: What is it? Short answer: A bus.\nQuestion: Why? Short answer:"
-    )
-    assert format_prompt("text", "Hi").endswith("questions. USER: Hi ASSISTANT:")
 
 
 def test_marker_goes_with_its_white_space() -> None:

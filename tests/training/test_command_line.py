@@ -1,4 +1,4 @@
-"""A user's mistakes through the real command: one clear line, exit status 2, nothing half-written."""
+"""A user's mistakes at the command line: one clear line, status 2, nothing half-written."""
 
 import json
 import subprocess
