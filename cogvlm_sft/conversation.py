@@ -3,7 +3,8 @@
 A conversation is one JSON object a line: an id, a source, a prompt style, image paths relative to
 an image root, and alternating user and assistant turns whose text holds `<image>` where a picture
 stands. Notable choices: content stays a string (content-part lists do not survive Arrow), `images`
-is always a list, paths never leave the image root (checked here, symlinks included). No torch, no transformers.
+is always a list, paths never leave the image root (checked here, symlinks included). No torch and
+no transformers.
 """
 
 import json

@@ -55,15 +55,34 @@ def sha256(path: Path) -> str:
 
 
 def input_facts(source: Source) -> list[dict[str, Any]]:
-    """Name, size and hash of every annotation file of a source."""
-    return [
+    """Name, size and hash of every annotation file; one entry a folder where files are many."""
+    name = source.entry.name
+    facts = [
         {
-            "source": source.entry.name,
+            "source": name,
             "path": path.as_posix(),
             "bytes": path.stat().st_size,
             "sha256": sha256(path),
         }
         for path in source.inputs()
+    ]
+    if len(facts) <= 200:
+        return facts
+    folders: dict[str, list[dict[str, Any]]] = {}
+    for fact in facts:
+        folders.setdefault(str(Path(fact["path"]).parent.as_posix()), []).append(fact)
+    return [
+        {
+            "source": name,
+            "path": folder,
+            "files": len(own),
+            "bytes": sum(fact["bytes"] for fact in own),
+            # the hash of all names and hashes, as `sha256sum *` prints them
+            "sha256": hashlib.sha256(
+                "".join(f"{f['sha256']}  {Path(f['path']).name}\n" for f in own).encode()
+            ).hexdigest(),
+        }
+        for folder, own in folders.items()
     ]
 
 

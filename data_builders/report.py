@@ -80,7 +80,8 @@ licences {{ m.licenses | join(", ") }}</p>
 <b>{{ n }}</b></summary></details>{% endfor %}{% endfor %}
 {% if m.held_out %}<h2>Held-out pictures</h2><table><tr><th>set</th><th>pictures</th>
 <th>records</th><th>mode</th></tr>{% for name, o in m.held_out.items() %}<tr>
-<td>{{ name }}</td><td>{{ o.pictures }}</td><td>{{ o.records }}</td><td>{{ o.mode }}</td></tr>{% endfor %}</table>{% endif %}
+<td>{{ name }}</td><td>{{ o.pictures }}</td><td>{{ o.records }}</td><td>{{ o.mode }}</td>
+</tr>{% endfor %}</table>{% endif %}
 <h2>Shape</h2><div class="charts">{% for title, bars in charts %}<div><b>{{ title }}</b>
 <div class="bars">{% for label, n, height in bars %}<div style="height:{{ height }}%"
  title="{{ label }}: {{ n }}"></div>{% endfor %}</div><div class="labels">{% for label, n, h in bars

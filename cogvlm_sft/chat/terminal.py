@@ -135,9 +135,7 @@ def chat_loop(
     run_loop(chat, sys.stdin, print, prompt="> " if sys.stdin.isatty() else "")
 
 
-def run_loop(
-    chat: Chat, lines: TextIO, write: Callable[[str], None], *, prompt: str = ""
-) -> None:
+def run_loop(chat: Chat, lines: TextIO, write: Callable[[str], None], *, prompt: str = "") -> None:
     """The loop itself, over any lines.
 
     Args:

@@ -1,4 +1,4 @@
-"""The demo's corpus: pictures and raw annotation files, in the shapes that data sets are released in.
+"""The demo's corpus: pictures, and raw annotation files in the shapes of released data sets.
 
 Real pictures come from packages that are installed anyway: scikit-learn's 1,797 handwritten digits
 (UCI Optical Recognition of Handwritten Digits) and its two photos, scikit-image's photos; signs and
@@ -39,13 +39,14 @@ VALIDATION_DIGITS = 180
 HELD_OUT_DRAWN = 200
 VALIDATION_DRAWN = 200
 # Held-out signs are these words, and as many numbers; training reads random letters.
-WORDS = (
-    "ACT AGE AIR ANT APE ARM ART ASH BAG BAR BAT BED BEE BIG BOX BOY BUS CAP CAR CAT COW CUP DAY "
-    "DOG DRY EAR EGG EYE FAN FAR FIG FIN FIX FLY FOG FOX FUN GAS GEM GUM HAT HEN HIT HUT ICE INK "
-    "JAM JAR JET JOB JOY KEY KID KIT LAP LEG LID LIP LOG MAP MAT MIX MUD NET NUT OAK OIL OLD OWL "
-    "PAN PEN PIE PIG POT RED RUG RUN SAW SEA SKY SUN TAP TEA TEN TIE TOP TOY USE VAN VET WAX WEB "
-    "WET YAK YES ZIP ZOO"
-).split()
+_WORD_LINES = (
+    "ACT AGE AIR ANT APE ARM ART ASH BAG BAR BAT BED BEE BIG BOX BOY BUS CAP CAR CAT COW CUP DAY",
+    "DOG DRY EAR EGG EYE FAN FAR FIG FIN FIX FLY FOG FOX FUN GAS GEM GUM HAT HEN HIT HUT ICE INK",
+    "JAM JAR JET JOB JOY KEY KID KIT LAP LEG LID LIP LOG MAP MAT MIX MUD NET NUT OAK OIL OLD OWL",
+    "PAN PEN PIE PIG POT RED RUG RUN SAW SEA SKY SUN TAP TEA TEN TIE TOP TOY USE VAN VET WAX WEB",
+    "WET YAK YES ZIP ZOO",
+)
+WORDS = tuple(word for line in _WORD_LINES for word in line.split())
 
 _BOARD, _CHALK = (116, 116, 110), 250
 
@@ -111,7 +112,7 @@ class Example:
     key: str
 
 
-def make_corpus(out: Path, sizes: Sizes = Sizes(), seed: int = 0) -> list[Example]:  # noqa: B008
+def make_corpus(out: Path, sizes: Sizes = Sizes(), seed: int = 0) -> list[Example]:
     """Draws all pictures and writes all raw annotation files.
 
     Args:
@@ -319,7 +320,7 @@ Rows = Sequence[tuple[str, tuple[tuple[str, str], ...]]]
 
 
 def _write_llava(path: Path, rows: Rows) -> None:
-    """LLaVA JSON; every other marker stands at the end of its question, as in the released files."""
+    """LLaVA JSON; every other marker ends its question, as in the released files."""
     records = []
     for number, (image, rounds) in enumerate(rows):
         turns = []

@@ -140,9 +140,7 @@ def evaluate_model(
 def bootstrap_interval(scores: list[bool], seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean, by resampling questions with replacement."""
     rng = random.Random(seed)
-    means = sorted(
-        sum(rng.choices(scores, k=len(scores))) / len(scores) for _ in range(_RESAMPLES)
-    )
+    means = sorted(sum(rng.choices(scores, k=len(scores))) / len(scores) for _ in range(_RESAMPLES))
     return means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]
 
 

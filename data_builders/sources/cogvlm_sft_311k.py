@@ -26,7 +26,7 @@ from cogvlm_sft.errors import DataError
 from data_builders.annotations import Batch
 from data_builders.clean import dialogue, rounds
 from data_builders.images import ImageFinder
-from data_builders.recipe import Strict
+from data_builders.recipe import SourceEntry, Strict
 from data_builders.source import Draft, File, Source
 
 _ROWS = 500
@@ -67,8 +67,14 @@ class CogvlmSft311k(Source):
     image_folders = ("CogVLM-SFT-311K (unpacked)",)
     Options = Options311k
 
+    def __init__(self, entry: SourceEntry) -> None:
+        super().__init__(entry)
+        self._labels: list[Path] | None = None
+
     def inputs(self) -> list[Path]:
         """Every label file, in a stable order."""
+        if self._labels is not None:
+            return self._labels
         found: list[Path] = []
         for path in super().inputs():
             if not path.is_dir():
@@ -82,7 +88,8 @@ class CogvlmSft311k(Source):
                     "llava_instruction_multi_conversation_formate/labels"
                 )
             found += labels
-        return sorted(set(found), key=lambda path: path.parts[-3:])
+        self._labels = sorted(set(found), key=lambda path: path.parts[-3:])
+        return self._labels
 
     def batches(self, finder: ImageFinder) -> Iterator[Batch]:
         """Label files, each with the path of its picture."""

@@ -2,8 +2,8 @@
 
 Record: `{"image_id", "question", "answer", "task"?}` in a list, which v1 wraps as
 `{"annotations": []}`. Use the files without coordinates (filter_cap1, filter_cap_more1) and the
-charts. `image_id` is a Visual Genome number, or a file name for charts. The answers were written from captions, not from
-pictures, so: "There is no mention of a teapot" is rewritten to "There is no teapot" (the negative
+charts. `image_id` is a Visual Genome number, or a file name for charts. The answers were written
+from captions, not from pictures, so: "There is no mention of a teapot" is rewritten to "There is no teapot" (the negative
 ones teach the model to say no and stay); answers that still speak of a description, caption or
 bounding box, and rows with left-over coordinates, are dropped. `clean: false` keeps them.
 

@@ -1,0 +1,255 @@
+"""The demo from raw annotation files to a model that answers, with its scores.
+
+    python -m cogvlm_sft.demo.run
+
+Every stage is the real command in a process of its own: `cogvlm-sft data build`, `cogvlm-sft train`
+on the two recipes of `recipes/demo/`, and then the evaluation on held-out pictures before and after
+alignment. Notable choices: the run begins in an empty folder, so that nothing of an earlier one is
+counted; the held-out pictures are asked once, at the end; `--split validation` scores the split
+that settings were chosen on instead. It ends with a table, three answers, `loss.png`, and
+`report.json`.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cogvlm_sft.demo.corpus import Example, Sizes, make_corpus
+from cogvlm_sft.demo.tokenizer import train_tokenizer
+from cogvlm_sft.errors import CogVLMSFTError, DataError
+from cogvlm_sft.model.prompts import PROMPTS
+
+# Where the recipes of recipes/demo read and write.
+HOME = Path("runs/demo")
+# Demo task: how it is judged, the source that reads its file, the file's ending.
+TASKS = {
+    "digits": ("exact_match", "llava_instruct", "json"),
+    "reading": ("exact_match", "custom_vqa", "csv"),
+    "boxes": ("box_iou", "custom_vqa", "jsonl"),
+    "photos": ("exact_match", "llava_instruct", "json"),
+}
+_STYLES = {"digits": "chat", "photos": "chat", "reading": "vqa", "boxes": "vqa"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the demo; 0 when all stages succeeded."""
+    parser = argparse.ArgumentParser(prog="python -m cogvlm_sft.demo.run", description=__doc__)
+    parser.add_argument(
+        "--split",
+        choices=("heldout", "validation"),
+        default="heldout",
+        help="pictures that are scored; settings are chosen on `validation` only",
+    )
+    parsed = parser.parse_args(arguments)
+    try:
+        run(split=parsed.split)
+    except CogVLMSFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        print(f"error: the stage above ended with status {error.returncode}", file=sys.stderr)
+        return error.returncode if error.returncode > 0 else 1
+    return 0
+
+
+def run(split: str = "heldout", sizes: Sizes = Sizes()) -> dict[str, Any]:
+    """All stages, in the working directory.
+
+    Args:
+        split: `heldout` or `validation`.
+        sizes: How many training pictures are made.
+
+    Returns:
+        What is written to `runs/demo/report.json`.
+
+    Raises:
+        DataError: A package whose pictures are needed is missing, or this is not the repository.
+        subprocess.CalledProcessError: A stage failed; it has printed why.
+    """
+    recipes = Path("recipes/demo")
+    if not (recipes / "pretrain.yaml").is_file():
+        raise DataError(
+            f"{recipes / 'pretrain.yaml'} is not below {Path.cwd()}; "
+            "run the demo in the root of the repository"
+        )
+    # Busy-waiting threads make a step up to forty times slower when the machine is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    started = time.monotonic()
+    seconds: dict[str, float] = {}
+    if HOME.exists():
+        shutil.rmtree(HOME)
+
+    _say("1/4", "pictures, raw annotation files, tokenizer, conversations")
+    clock = time.monotonic()
+    examples = make_corpus(HOME, sizes)
+    train_tokenizer(training_texts(examples), HOME / "tokenizer")
+    _command("data", "build", str(recipes / "pretrain_data.yaml"))
+    _command("data", "build", str(recipes / "data.yaml"))
+    for task, (_, source, ending) in TASKS.items():
+        _command(
+            "data",
+            "build",
+            str(recipes / "heldout.yaml"),
+            f"out={HOME}/data/{split}_{task}",
+            f"sources.0.name={task}",
+            f"sources.0.source={source}",
+            f"sources.0.annotations={HOME}/raw/{split}_{task}.{ending}",
+        )
+    seconds["build"] = time.monotonic() - clock
+
+    for number, stage in (("2/4", "pretrain"), ("3/4", "chat")):
+        _say(number, f"cogvlm-sft train {recipes / stage}.yaml")
+        clock = time.monotonic()
+        _command("train", str(recipes / f"{stage}.yaml"))
+        seconds[stage] = time.monotonic() - clock
+
+    _say("4/4", f"{split} pictures, before and after alignment")
+    clock = time.monotonic()
+    before = _score(HOME / "pretrain", split)
+    after = _score(HOME / "chat", split)
+    seconds["evaluate"] = time.monotonic() - clock
+    draw_curves(HOME)
+    seconds["total"] = time.monotonic() - started
+
+    report = {
+        "split": split,
+        "tasks": {task: _figures(result) for task, result in after.items()},
+        "before_alignment": {task: _figures(result) for task, result in before.items()},
+        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+        "peak_memory_gib": round(_peak_memory_gib(), 3),
+    }
+    text = json.dumps(report, indent=2) + "\n"
+    (HOME / "report.json").write_text(text, encoding="utf-8")
+    print(table(report))
+    print(_samples(after))
+    print(f"checkpoint {HOME}/chat, loss curve {HOME}/loss.png, report {HOME}/report.json")
+    return report
+
+
+def training_texts(examples: list[Example]) -> list[str]:
+    """Prompts and answers of the training split, for the tokenizer."""
+    texts: list[str] = []
+    for example in examples:
+        if example.split != "train":
+            continue
+        style = "chat" if _STYLES[example.task] == "chat" else "vqa"
+        for question, answer in example.base:
+            texts.append(f"{question} {answer}")
+        for question, answer in example.rounds:
+            _, before, after = PROMPTS[style]
+            texts.append(f"{before}{question}{after} {answer}")
+    return texts
+
+
+def table(report: dict[str, Any]) -> str:
+    """The scores, times and memory as a table."""
+    lines = [
+        "",
+        f"{report['split']:<10} {'questions':>9} {'pretrained':>11} {'aligned':>9}   95 % interval",
+    ]
+    for task, figures in report["tasks"].items():
+        earlier = report["before_alignment"][task]["accuracy"]
+        low, high = figures["interval"]
+        lines.append(
+            f"{task:<10} {figures['count']:>9} {earlier:>11.3f} {figures['accuracy']:>9.3f}"
+            f"   {low:.3f} to {high:.3f}  ({figures['metric']})"
+        )
+    spent = ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items())
+    lines.append(f"seconds: {spent}; peak memory {report['peak_memory_gib']:.2f} GiB")
+    return "\n".join(lines)
+
+
+def draw_curves(home: Path) -> Path:
+    """Both stages' training loss, one after the other, as `loss.png`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    offset = 0
+    for stage in ("pretrain", "chat"):
+        lines = (home / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if "loss" in row]
+        steps = [offset + row["step"] for row in rows]
+        axes.plot(steps, [row["loss"] for row in rows], label=stage)
+        offset = steps[-1] if steps else offset
+    axes.set(xlabel="step", ylabel="loss per supervised token", title="cogvlm-sft demo")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(home / "loss.png")
+    return home / "loss.png"
+
+
+def _score(checkpoint: Path, split: str) -> dict[str, dict[str, Any]]:
+    """Held-out scores of one checkpoint, loaded once."""
+    from cogvlm_sft.checkpoint.load import load_model, load_processor
+    from cogvlm_sft.evaluation.run import evaluate_model
+
+    model, processor = load_model(checkpoint), load_processor(checkpoint)
+    return {
+        task: evaluate_model(
+            model,
+            processor,
+            HOME / "data" / f"{split}_{task}",
+            HOME / "images",
+            judge,
+            batch_size=64,
+            output=checkpoint / f"predictions_{split}_{task}.jsonl",
+        )
+        for task, (judge, _, _) in TASKS.items()
+    }
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Any]:
+    low, high = result["interval"]
+    return {
+        "accuracy": round(result["accuracy"], 4),
+        "count": result["count"],
+        "metric": result["metric"],
+        "interval": [round(low, 4), round(high, 4)],
+    }
+
+
+def _samples(results: dict[str, dict[str, Any]]) -> str:
+    lines = ["", "three held-out pictures:"]
+    for task in ("digits", "reading", "boxes"):
+        row = results[task]["samples"][0]
+        lines.append(f"  {row['images'][0]}")
+        lines.append(f"    {row['question']} -> {row['prediction']}   (true: {row['answer']})")
+    return "\n".join(lines)
+
+
+def _command(*arguments: str) -> None:
+    """Runs `cogvlm-sft` in a process of its own, with this interpreter."""
+    subprocess.run([sys.executable, "-m", "cogvlm_sft.cli", *arguments], check=True)
+
+
+def _say(number: str, text: str) -> None:
+    print(f"\n[{number}] {text}", flush=True)
+
+
+def _peak_memory_gib() -> float:
+    """The largest resident size that this process or any of its children had.
+
+    `ru_maxrss` is in KiB on Linux and in bytes on macOS.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = max(
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return peak * unit / 1024**3
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,199 @@
+"""What is looked for before anything is loaded, and what the estimate says."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvlm_sft import CheckpointError, DataError, Recipe, RecipeError, load_recipe, train
+from cogvlm_sft.checkpoint.load import (
+    build_model,
+    load_model,
+    load_processor,
+    make_config,
+    save_checkpoint,
+)
+from cogvlm_sft.training import preflight
+from cogvlm_sft.training.estimate import GIB, estimate
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def test_chat_says_in_one_message_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preflight, "available_memory", lambda world: (32.0 * GIB, "cpu"))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("cogvlm_sft.training.run.load_model", refuse)
+    with pytest.raises(RecipeError) as caught:
+        train(load_recipe("chat"))
+    message = str(caught.value)
+    for part in (
+        "model.checkpoint: checkpoint folder checkpoints/cogvlm-base-490-hf does not exist",
+        "model.tokenizer: folder checkpoints/vicuna-7b-v1.5 does not exist",
+        "data.train.0.path: data/chat",
+        "data.image_root: folder data/images does not exist",
+        "memory: about ",
+        "32.0 GiB available",
+    ):
+        assert part in message, message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_thing_missing_is_one_line(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        train(make_recipe(data__image_root=tmp_path / "nowhere"))
+    assert "\n" not in str(caught.value) and "data.image_root" in str(caught.value)
+
+
+def test_memory_that_does_not_suffice(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "available_memory", lambda world: (0.01 * GIB, "cpu"))
+    with pytest.raises(RecipeError, match=r"memory: about .* GiB available"):
+        train(make_recipe())
+
+
+def test_max_length_below_an_image(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match=r"max_length: 7 is below .* \(6 tokens"):
+        train(make_recipe(data__max_length=7))
+
+
+def test_unknown_configuration_field(make_recipe: MakeRecipe, tiny: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=r"'hiden_size'; did you mean 'hidden_size'"):
+        train(make_recipe(model__config={**tiny, "hiden_size": 64}))
+
+
+def test_a_bad_conversation_leaves_no_output(
+    make_recipe: MakeRecipe, world: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    lines = (world / "train.jsonl").read_text().splitlines()
+    lines[3] = lines[3].replace("03.png", "missing.png")
+    bad.write_text("\n".join(lines))
+    recipe = make_recipe(data__train=[{"path": str(bad)}])
+    with pytest.raises(DataError, match=r"bad\.jsonl:4"):
+        train(recipe)
+    assert not recipe.train.output.exists()
+
+
+def test_a_failure_before_the_first_snapshot_leaves_no_output(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cogvlm_sft.data.collator import CogVLMCollator
+
+    def fail(self: CogVLMCollator, items: object) -> object:
+        raise DataError("broken later")
+
+    monkeypatch.setattr(CogVLMCollator, "__call__", fail)
+    recipe = make_recipe()
+    with pytest.raises(DataError, match="broken later"):
+        train(recipe)
+    assert not recipe.train.output.exists()
+
+
+@pytest.fixture
+def checkpoint(tiny: dict[str, object], world: Path, tmp_path: Path) -> Path:
+    from cogvlm_sft.checkpoint.load import build_processor
+
+    processor = build_processor(make_config(tiny), world / "tokenizer")
+    return save_checkpoint(build_model(tiny), processor, tmp_path / "checkpoint")
+
+
+def test_checkpoint_round_trip(checkpoint: Path, tmp_path: Path) -> None:
+    model = load_model(checkpoint)
+    again = load_model(save_checkpoint(model, load_processor(checkpoint), tmp_path / "again"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    with pytest.raises(CheckpointError, match="already holds a checkpoint"):
+        save_checkpoint(model, load_processor(checkpoint), tmp_path / "again")
+
+
+def test_training_from_a_checkpoint_starts_with_its_weights(
+    make_recipe: MakeRecipe, checkpoint: Path
+) -> None:
+    recipe = make_recipe(
+        model__config=None,
+        model__tokenizer=None,
+        model__checkpoint=checkpoint,
+        train__learning_rate=1e-8,
+        train__iterations=1,
+        train__warmup_iterations=0,
+    )
+    trained = load_model(train(recipe).output).state_dict()
+    for name, value in load_model(checkpoint).state_dict().items():
+        torch.testing.assert_close(trained[name], value, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda f: shutil.rmtree(f), "does not exist"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "as JSON"),
+        (lambda f: (f / "config.json").write_text("{}"), "not a CogVLM"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(
+                (f / "model.safetensors").read_bytes()[:-9]
+            ),
+            "damaged or incomplete",
+        ),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            "pickled",
+        ),
+    ],
+)
+def test_damaged_checkpoints(checkpoint: Path, harm: Callable[[Path], object], words: str) -> None:
+    harm(checkpoint)
+    with pytest.raises(CheckpointError, match=words):
+        load_model(checkpoint)
+
+
+def test_missing_and_unexpected_weights_are_named(checkpoint: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = checkpoint / "model.safetensors"
+    state = load_file(file)
+    state["model.norm.bias"] = state.pop("model.norm.weight")
+    state["lm_head.weight"] = state["lm_head.weight"][:10].clone()
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as caught:
+        load_model(checkpoint)
+    for word in ("1 missing (model.norm.weight)", "1 unexpected (model.norm.bias)", "1 misshapen"):
+        assert word in str(caught.value)
+
+
+def test_missing_tokenizer(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        load_processor(checkpoint)
+
+
+def test_estimate_counts_states_exactly() -> None:
+    recipe = load_recipe("chat")
+    found = estimate(recipe, gpus=8, gpu_memory_gib=80)
+    trainable = 17_639_685_376 - 4_282_641_664
+    ddp, fsdp = found.plans
+    assert ddp.parts["optimizer"] == 8 * trainable
+    assert ddp.parts["weights"] == 4 * trainable + 2 * 4_282_641_664
+    assert fsdp.parts["gradients"] == 4 * trainable / 8
+    assert ddp.largest_micro_batch == 0 and ddp.total > 80 * GIB
+    assert fsdp.total < 80 * GIB and fsdp.largest_micro_batch >= recipe.train.micro_batch_size
+    table = found.table()
+    assert "6,476,271,616" in table and "FSDP2" in table and "largest micro-batch" in table
+
+
+def test_estimate_grows_with_the_micro_batch(make_recipe: MakeRecipe) -> None:
+    one, four = (
+        estimate(make_recipe(train__micro_batch_size=size)).plans[0].parts for size in (1, 4)
+    )
+    assert four["activations"] == 4 * one["activations"]
+    assert four["optimizer"] == one["optimizer"]

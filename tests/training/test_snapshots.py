@@ -1,0 +1,280 @@
+"""Snapshots: resumed = uninterrupted bit for bit, damaged ones passed over, signals obeyed."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cogvlm_sft import CheckpointError, Recipe, RecipeError, train
+from cogvlm_sft.checkpoint.load import build_model
+from cogvlm_sft.data import mixture
+from cogvlm_sft.training import snapshots
+from cogvlm_sft.training.telemetry import StopOnSignal, TrainingStopped, read_metrics
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Sends this process the signal while it trains the given step."""
+    original = StopOnSignal.on_step_end
+
+    def send(self: StopOnSignal, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.global_step == step:
+            os.kill(os.getpid(), number)
+        return original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", send)
+
+
+@pytest.fixture
+def stopped(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A run of 9 steps, with snapshots of steps 4 and 7, that was stopped in its 7th.
+
+    A pass over the 22 conversations ends in the middle of the 6th step.
+    """
+    recipe = make_recipe(train__iterations=9, train__save_every=4, tune__language={"rate": 0.1})
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
+        stop_after(patch, 7)
+        train(recipe)
+    return recipe
+
+
+@pytest.fixture
+def unbroken(make_recipe: MakeRecipe, tmp_path: Path) -> dict[str, torch.Tensor]:
+    recipe = make_recipe(
+        train__iterations=9,
+        train__save_every=4,
+        train__output=tmp_path / "unbroken",
+        tune__language={"rate": 0.1},
+    )
+    return load_file(train(recipe).output / "model.safetensors")
+
+
+def final(recipe: Recipe) -> dict[str, torch.Tensor]:
+    return load_file(train(recipe).output / "model.safetensors")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_its_status(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    recipe = make_recipe(train__iterations=9)
+    before = signal.getsignal(number)
+    stop_after(monkeypatch, 3, number)
+    with pytest.raises(TrainingStopped) as caught:
+        train(recipe)
+    assert caught.value.code == 128 + number
+    assert caught.value.step == 3
+    output = recipe.train.output
+    assert caught.value.snapshot == snapshots.snapshot_folder(output, 3)
+    assert snapshots.damage(caught.value.snapshot) is None
+    assert not (output / "config.json").exists(), "no final checkpoint from an unfinished run"
+    assert signal.getsignal(number) is before
+
+
+def test_resumed_equals_unbroken_without_decoding_what_it_skips(
+    stopped: Recipe, unbroken: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    original = mixture.ConversationDataset.__getitem__
+
+    def watch(self: mixture.ConversationDataset, index: int) -> dict[str, object]:
+        read.append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(mixture.ConversationDataset, "__getitem__", watch)
+    assert_same(final(stopped), unbroken)
+    assert len(read) == 2 * 4, "two steps of four remained"
+    rows = read_metrics(stopped.train.output / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 10))
+
+
+def damage_weights(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def damage_header(path: Path) -> None:
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[8:40] = b"\0" * 32
+    file.write_bytes(data)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+def empty(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def of_another_step(path: Path) -> None:
+    state = json.loads((path / "trainer_state.json").read_text())
+    text = json.dumps({**state, "global_step": 5})
+    (path / "trainer_state.json").write_text(text)
+    manifest = json.loads((path / "snapshot.json").read_text())
+    manifest["files"]["trainer_state.json"] = len(text)
+    (path / "snapshot.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        damage_weights,
+        damage_header,
+        remove("optimizer.pt"),
+        remove("scheduler.pt"),
+        remove("rng_state.pth"),
+        remove("trainer_state.json"),
+        remove("snapshot.json"),
+        empty,
+        of_another_step,
+    ],
+    ids=[
+        "weights",
+        "header",
+        "optimizer",
+        "scheduler",
+        "rng",
+        "state",
+        "manifest",
+        "empty",
+        "step",
+    ],
+)
+def test_a_damaged_snapshot_is_seen(
+    saved: Path, harm: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert snapshots.newest_complete(saved) == snapshots.snapshot_folder(saved, 2)
+    harm(snapshots.snapshot_folder(saved, 2))
+    assert snapshots.newest_complete(saved) == snapshots.snapshot_folder(saved, 1)
+    assert "step-00000002 is passed over" in capsys.readouterr().err
+
+
+@pytest.fixture
+def saved(make_recipe: MakeRecipe) -> Path:
+    """The output folder of a run with snapshots of steps 1 and 2."""
+    return train(
+        make_recipe(train__iterations=2, train__save_every=1, train__micro_batch_size=4)
+    ).output
+
+
+def test_training_goes_on_from_the_snapshot_before_a_damaged_one(
+    stopped: Recipe, unbroken: dict[str, torch.Tensor]
+) -> None:
+    remove("optimizer.pt")(snapshots.snapshot_folder(stopped.train.output, 7))
+    assert_same(final(stopped), unbroken)
+
+
+def test_a_half_written_snapshot_is_never_found(
+    stopped: Recipe, unbroken: dict[str, torch.Tensor]
+) -> None:
+    """What SIGKILL leaves: the hidden folder, whatever is in it."""
+    output = stopped.train.output
+    whole = snapshots.snapshot_folder(output, 7)
+    whole.rename(snapshots.staging_folder(output))
+    assert snapshots.newest_complete(output) == snapshots.snapshot_folder(output, 4)
+    assert_same(final(stopped), unbroken)
+    assert not snapshots.staging_folder(output).exists()
+
+
+def test_a_full_disk_leaves_the_last_snapshot(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(train__save_every=2)
+    original = torch.save
+
+    def full(value: object, path: object, **kwargs: object) -> None:
+        if "checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device")
+        original(value, path, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
+        patch.setattr(torch, "save", full)
+        train(recipe)
+    assert "No space left" in str(caught.value) and "step-00000002" in str(caught.value)
+    output = recipe.train.output
+    assert [path.name for path in snapshots.snapshots(output)] == ["step-00000002"]
+    assert snapshots.newest_complete(output) is not None
+    assert not snapshots.staging_folder(output).exists()
+    assert train(recipe).steps == 6
+
+
+def test_only_the_newest_snapshots_are_kept(make_recipe: MakeRecipe) -> None:
+    output = train(make_recipe(train__save_every=1, train__keep_snapshots=3)).output
+    assert [snapshots.snapshot_step(path) for path in snapshots.snapshots(output)] == [4, 5, 6]
+
+
+def test_loading_weights_is_strict(tiny: dict[str, object], tmp_path: Path) -> None:
+    """Hazard: transformers' resume keeps fresh weights where a key is missing."""
+    model = build_model(tiny)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    folder = tmp_path / "weights"
+    folder.mkdir()
+
+    def write(changed: dict[str, torch.Tensor]) -> None:
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+
+    write({k: v for k, v in state.items() if k != "model.norm.weight"})
+    with pytest.raises(CheckpointError, match=r"missing.*model\.norm\.weight"):
+        snapshots.load_weights(model, folder)
+    write({**state, "model.norm.bias": torch.zeros(64)})
+    with pytest.raises(CheckpointError, match=r"unexpected weight 'model\.norm\.bias'"):
+        snapshots.load_weights(model, folder)
+    write({**state, "model.norm.weight": torch.zeros(32)})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*\(32,\).*\(64,\)"):
+        snapshots.load_weights(model, folder)
+
+
+def test_other_settings_do_not_resume(stopped: Recipe, make_recipe: MakeRecipe) -> None:
+    changed = make_recipe(
+        train__iterations=9,
+        train__save_every=4,
+        train__learning_rate=2e-3,
+        tune__language={"rate": 0.1},
+    )
+    with pytest.raises(RecipeError, match=r"train\.learning_rate: 0\.001 there, 0\.002 here"):
+        train(changed)
+    never = make_recipe(train__iterations=9, train__resume="never", tune__language={"rate": 0.1})
+    with pytest.raises(RecipeError, match=r"train\.resume is never"):
+        train(never)
+
+
+def test_another_micro_batch_may_resume(
+    stopped: Recipe, make_recipe: MakeRecipe, unbroken: dict[str, torch.Tensor]
+) -> None:
+    recipe = make_recipe(
+        train__iterations=9,
+        train__save_every=4,
+        train__micro_batch_size=4,
+        tune__language={"rate": 0.1},
+    )
+    for name, value in final(recipe).items():
+        torch.testing.assert_close(value, unbroken[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_finished_or_foreign_folder_is_not_touched(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(train__iterations=2)
+    output = train(recipe).output
+    with pytest.raises(RecipeError, match="finished run"):
+        train(recipe)
+    shutil.rmtree(output)
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="not of a training run"):
+        train(recipe)
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
