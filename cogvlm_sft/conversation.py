@@ -108,7 +108,7 @@ class Conversation:
             )
         identity = _text(record, "id", where)
         where = f"{where} ({identity})"
-        style = _text(record, "style", where, default="chat")
+        style = _text(record, "style", where, default="chat" if record.get("images") else "text")
         if style not in STYLES:
             raise DataError(f"{where}: style is {style!r}, expected one of {', '.join(STYLES)}")
         images = record.get("images", [])

@@ -37,7 +37,15 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """Where the weights come from: a checkpoint folder, or a configuration to start from."""
+    """Where the weights come from; exactly one of `checkpoint` and `config`.
+
+    Attributes:
+        checkpoint: folder in the released layout (config.json, *.safetensors).
+        config: fields of CogVLMConfig, to start from scratch; the weights are drawn by train.seed.
+        tokenizer: tokenizer folder; null takes the checkpoint's own, which released ones lack.
+        dtype: dtype of products and of frozen weights; what learns is held in float32 always.
+        attention: one of transformers' implementations.
+    """
 
     checkpoint: RecipePath | None = None
     config: dict[str, Any] | None = None
@@ -54,7 +62,16 @@ class Source(Section):
 
 
 class DataSection(Section):
-    """What is trained on, and how a conversation becomes labels."""
+    """What is trained on, and how a conversation becomes labels.
+
+    Attributes:
+        train: sources; a weight of 2.0 shows one twice in every pass, 0.3 a seeded 30 % of it.
+        validation: source of the held-out loss.
+        image_root: folder that the image paths of the conversations are relative to.
+        max_length: most tokens of a row; longer conversations are split at a turn or dropped.
+        loss_on: `all` assistant turns, or the `last` only, as in the official code.
+        workers: processes that read and decode ahead; 0 does it between the steps.
+    """
 
     train: Annotated[list[Source], Field(min_length=1)]
     validation: RecipePath | None = None
@@ -65,7 +82,12 @@ class DataSection(Section):
 
 
 class GroupTuning(Section):
-    """Whether a parameter group learns, and at what multiple of `train.learning_rate`."""
+    """How a parameter group is treated.
+
+    Attributes:
+        mode: `frozen`, or `full` to train every weight of it.
+        rate: multiple of train.learning_rate.
+    """
 
     mode: Literal["frozen", "full"] = "full"
     rate: PositiveFloat = 1.0
@@ -87,7 +109,28 @@ class TuneSection(Section):
 
 
 class TrainSection(Section):
-    """The optimisation and what is written while it runs."""
+    """The optimisation and what is written while it runs.
+
+    Attributes:
+        output: folder of the run: logs, snapshots, and in the end the checkpoint.
+        iterations: optimizer steps.
+        global_batch_size: conversations of every step, over all processes.
+        micro_batch_size: conversations that one process runs at once; does not change the result.
+        learning_rate: peak rate; the rates of `tune` multiply it.
+        schedule: after the warm-up, `cosine` to zero or `constant`.
+        warmup_iterations: steps of linear warm-up.
+        weight_decay: AdamW's, on matrices only (see `cogvlm_sft.tune.groups`).
+        betas: AdamW's two.
+        epsilon: AdamW's.
+        max_grad_norm: clipping of the gradient's norm; null for none.
+        seed: of fresh weights and of the order of the data.
+        save_every: steps between snapshots; the last step has one too.
+        keep_snapshots: how many of the newest stay on the disk.
+        resume: `auto` goes on from the newest complete snapshot in `output`; `never` refuses to.
+        gradient_checkpointing: recompute layers in the backward pass; less memory, more time.
+        log_every: steps between figures.
+        report_to: service that gets the figures besides `metrics.jsonl`.
+    """
 
     output: RecipePath
     iterations: PositiveInt
@@ -112,7 +155,12 @@ class TrainSection(Section):
 
 
 class EvaluateSection(Section):
-    """Held-out loss during training; it is measured once at the end in any case."""
+    """Held-out loss during training; with data.validation it is measured at the end in any case.
+
+    Attributes:
+        every: steps between measurements.
+        batch_size: conversations at once.
+    """
 
     every: PositiveInt
     batch_size: PositiveInt = 8
@@ -192,19 +240,26 @@ def recipe_from_dict(
 
 
 def packaged_recipes() -> dict[str, Path]:
-    """Name to file of the training recipes that ship with the package (`chat`, `demo/chat`, …)."""
+    """Name to file of every recipe that ships with the package (`chat`, `data/chat_500k`, …).
+
+    Those of the data builders are among them; `training_recipes` leaves them out.
+    """
     root = _recipes_folder()
     names = {}
     for path in sorted(root.rglob("*.yaml")):
         name = path.relative_to(root).with_suffix("").as_posix()
-        # data/ holds recipes of the data builders, accelerate/ the launcher's configurations.
-        if not name.startswith(("data/", "accelerate/")):
+        if not name.startswith("accelerate/"):  # the launcher's configurations
             names[name] = path
     return names
 
 
+def training_recipes() -> dict[str, Path]:
+    """The packaged recipes that `cogvlm-sft train` takes: those with a `train` section."""
+    return {name: path for name, path in packaged_recipes().items() if "train" in read_yaml(path)}
+
+
 def list_recipes() -> list[tuple[str, str]]:
-    """Name and title (first comment line) of every packaged training recipe."""
+    """Name and title (first comment line) of every packaged recipe."""
     return [(name, _title(path)) for name, path in packaged_recipes().items()]
 
 

@@ -25,7 +25,7 @@ ROWS = 2000
 _LONGEST_RECORD = 256 << 20
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],]', re.DOTALL)
+_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|["{}\[\],]', re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -268,6 +268,8 @@ def _scan(buffer: bytes) -> int | None:
     depth, last = 0, None
     for match in _STRUCTURE.finditer(buffer):
         byte = match.group()
+        if byte == b'"':  # a string that goes on behind the buffer
+            break
         if byte in b"{[":
             depth += 1
         elif byte in b"}]":

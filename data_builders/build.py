@@ -6,12 +6,10 @@ processes by a pure function and taken in order; pictures are decoded in threads
 on inputs, recipe and seed only.
 """
 
-import argparse
 import errno
 import hashlib
 import os
 import shutil
-import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,14 +21,14 @@ from typing import Any
 import numpy as np
 import orjson
 
-from cogvlm_sft.errors import CogVLMSFTError, DataError, RecipeError
+from cogvlm_sft.errors import DataError, RecipeError
 from data_builders.annotations import Batch
 from data_builders.decontaminate import overlap
 from data_builders.deduplicate import drop_exact, drop_near
 from data_builders.images import ImageFacts, ImageFinder, ImageLimits, check_images
 from data_builders.manifest import input_facts, make_manifest
 from data_builders.mix import Ledger
-from data_builders.recipe import BuildRecipe, load_recipe, parse_recipe
+from data_builders.recipe import BuildRecipe, load_recipe
 from data_builders.report import write_report
 from data_builders.source import Processed, RecordStage, Source, load_source
 
@@ -333,73 +331,3 @@ def _written(ledger: Ledger, records: Any) -> dict[str, dict[str, int]]:
 def _picture_counts(ledger: Ledger, facts: dict[int, ImageFacts]) -> dict[str, int]:
     kinds = Counter(fact.kind for fact in facts.values() if fact.reason is None)
     return {"distinct": len(ledger.pictures), "checked": len(facts), **dict(sorted(kinds.items()))}
-
-
-def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
-    """The command line of one source; exits with status 2 on a mistake of the user's."""
-    source = load_source(name)
-    module = sys.modules[source.__module__]
-    parser = argparse.ArgumentParser(
-        prog=f"python -m data_builders.sources.{name}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--annotations", nargs="+", default=[], metavar="PATH")
-    parser.add_argument("--images", nargs="+", default=[], metavar="DIR")
-    parser.add_argument("--out", required=True, metavar="BUILD")
-    parser.add_argument("--image-root", metavar="DIR", help="what paths are relative to")
-    parser.add_argument("--style", choices=("chat", "vqa", "base"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
-    parser.add_argument("--max", type=int, metavar="N", help="at most N conversations")
-    parser.add_argument("--shard-size", type=int, default=50_000)
-    parser.add_argument("--min-side", type=int, default=28, help="smallest picture side, pixels")
-    parser.add_argument("--no-image-check", action="store_true", help="do not open pictures")
-    parser.add_argument("--keep-duplicates", action="store_true")
-    parser.add_argument("--no-clean", action="store_true", help="without the set's own clean rules")
-    for key, option in source.Options.model_fields.items():
-        described = str(option.annotation)
-        parser.add_argument(
-            f"--{key.replace('_', '-')}",
-            dest=f"option_{key}",
-            nargs="+" if "dict" in described or "list" in described else None,
-            action="extend" if "dict" in described or "list" in described else "store",
-            metavar="OURS=THEIRS" if "dict" in described else "VALUE",
-        )
-    given = parser.parse_args(arguments)
-    entry: dict[str, Any] = {
-        "source": name, "annotations": given.annotations, "images": given.images,
-        "clean": not given.no_clean,
-    }  # fmt: skip
-    if given.style:
-        entry["style"] = given.style
-    if given.max is not None:
-        entry["max"] = given.max
-    try:
-        for key in source.Options.model_fields:
-            value = getattr(given, f"option_{key}")
-            if value is not None:
-                entry[key] = _pairs(value) if key == "columns" else value
-        content = {
-            "out": given.out, "seed": given.seed, "workers": given.workers,
-            "shard_size": given.shard_size, "image_root": given.image_root,
-            "images": {"check": not given.no_image_check, "min_side": given.min_side},
-            "deduplicate": not given.keep_duplicates, "sources": [entry],
-        }  # fmt: skip
-        print(build_recipe(parse_recipe(content, "command line")).summary())
-    except CogVLMSFTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written, run it again", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def _pairs(items: list[str]) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for item in items:
-        ours, equals, theirs = item.partition("=")
-        if not equals or not theirs:
-            raise RecipeError(f"--columns {item}: expected OURS=THEIRS, such as question=ask")
-        pairs[ours] = theirs
-    return pairs

@@ -1,8 +1,8 @@
 """Writes a build in the form that another trainer reads.
 
-`trl`: JSON Lines with `messages` and `images`, markers taken out (TRL places the picture before
-the first question and would leave a literal `<image>` in the text); every row has `images`, text-only rows
-an empty list, so that the column has one type. `llama-factory` and `ms-swift` read the
+`trl`: JSON Lines with `messages` and `images`, markers taken out (TRL places the picture before the
+first question and would leave a literal `<image>` in the text); every row has `images`, an empty
+list where it is text only, so that the column has one type. `llama-factory` and `ms-swift` read the
 record's own shape; the first also wants an entry in `dataset_info.json`. `llava` is LLaVA's JSON
 list, which knows one picture a record. Paths stay relative unless an image root is given.
 """

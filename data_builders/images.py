@@ -77,7 +77,10 @@ class ImageFacts:
 
 def picture_key(name: str) -> str:
     """The id of a picture: the COCO number whatever the split, else the stem in lower case."""
-    stem = PurePosixPath(name).stem
+    stem = name.rsplit("/", 1)[-1]
+    dot = stem.rfind(".")
+    if dot > 0:
+        stem = stem[:dot]
     coco = _COCO.match(stem)
     return coco.group(1) if coco else stem.lower()
 
@@ -112,8 +115,10 @@ class ImageFinder:
         self.must_exist = must_exist
         self.mapped = 0
         self._memo: dict[str, tuple[str | None, str]] = {}
+        self._listed = False
         self._paths: set[str] = set()
-        self._by_path: dict[str, str] = {}
+        self._folders: set[str] = set()
+        self._by_stem: dict[str, list[str]] = {}
         self._by_key: dict[str, list[str]] = {}
         self._prefix = ""
         for place, folder in enumerate(folders or [image_root]):
@@ -136,6 +141,7 @@ class ImageFinder:
                 continue
             if must_exist or folders:
                 self._list(real, prefix)
+                self._listed = True
 
     def files(self) -> list[str]:
         """All pictures found, relative to the root, sorted."""
@@ -159,46 +165,78 @@ class ImageFinder:
         joined = "/".join(parts)
         if joined in self._paths:
             return joined, ""
-        for skipped in range(len(parts)):
-            path = self._by_path.get("/".join(parts[skipped:]))
+        several = False
+        for candidates in self._candidates(parts) if self._listed else ():
+            path = _choose(candidates, parts)
             if path is not None:
+                self.mapped += path.rsplit("/", 1)[-1] != parts[-1]
                 return path, ""
-        candidates = self._by_key.get(picture_key(name), []) if parts else []
-        path = self._choose(candidates, parts)
-        if path is not None:
-            self.mapped += 1
-            return path, ""
-        if len(candidates) > 1:
+            several = several or len(candidates) > 1
+        if several:
             return None, "image_ambiguous"
-        plain = self._prefix + "/".join(parts)
-        target = os.path.join(self.root, plain)
-        if os.path.lexists(target) and not _inside(target, self.root):
-            return None, "image_outside_root"
+        plain = self._prefix + joined
+        if self._listed:
+            target = os.path.join(self.root, plain)
+            if os.path.lexists(target) and not _inside(target, self.root):
+                return None, "image_outside_root"
         if self.must_exist or not parts:
             return None, "image_missing"
         return plain, ""
 
-    def _choose(self, candidates: list[str], parts: list[str]) -> str | None:
-        if len(candidates) < 2:
-            return candidates[0] if candidates else None
-        folders = set(parts[:-1])
-        shared = [len(folders.intersection(path.split("/")[:-1])) for path in candidates]
-        best = [path for path, n in zip(candidates, shared, strict=True) if n == max(shared)]
-        if len(best) == 1:
-            return best[0]
-        # one COCO number, or one Visual Genome id, is one picture wherever it lies
-        same = _COCO.match(PurePosixPath(best[0]).stem) or all(
-            PurePosixPath(path).parent.name in _VG_FOLDERS for path in best
-        )
-        return best[0] if same else None
+    def _candidates(self, parts: list[str]) -> Iterator[list[str]]:
+        """Files that a name may mean, the surest first.
+
+        A name may lack leading folders of the listed ones or have some too many, and its extension
+        may be wrong. But a folder of the name that exists on disk is meant: `a/1.jpg` is never
+        answered by `b/1.jpg` while there is an `a`. A number alone is enough for COCO and Visual
+        Genome, whose folders are splits of one collection, and for names without a folder.
+        """
+        for skipped in range(len(parts)):
+            known = self._folders.intersection(parts[:skipped])
+            found = self._by_stem.get(_stem("/".join(parts[skipped:])), ())
+            yield [path for path in found if known.issubset(path.split("/")[:-1])]
+        if parts:
+            found = self._by_key.get(picture_key(parts[-1]), ())
+            if _COCO.match(PurePosixPath(parts[-1]).stem):
+                yield [path for path in found if _COCO.match(PurePosixPath(path).stem)]
+            elif len(parts) == 1:
+                yield list(found)
+            elif parts[-2] in _VG_FOLDERS:
+                yield [path for path in found if PurePosixPath(path).parent.name in _VG_FOLDERS]
 
     def _list(self, folder: Path, prefix: str) -> None:
         for relative in sorted(_walk(folder, self.root)):
             path = prefix + relative
-            self._by_path.setdefault(relative, path)
+            self._by_stem.setdefault(_stem(relative), []).append(path)
             if path not in self._paths:
                 self._paths.add(path)
+                self._folders.update(path.split("/")[:-1])
                 self._by_key.setdefault(picture_key(relative), []).append(path)
+
+
+def _stem(path: str) -> str:
+    """A path without its extension, in lower case."""
+    dot = path.rfind(".")
+    return (path[:dot] if dot > path.rfind("/") + 1 else path).lower()
+
+
+def _choose(candidates: list[str], parts: list[str]) -> str | None:
+    """The candidate that shares most with the name; None where that leaves several pictures."""
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+    folders = set(parts[:-1])
+
+    def likeness(path: str) -> tuple[bool, int]:
+        *above, last = path.split("/")
+        return last == parts[-1], len(folders.intersection(above))
+
+    best = max(map(likeness, candidates))
+    left = sorted({path for path in candidates if likeness(path) == best})
+    # one COCO number, or one Visual Genome id, is one picture wherever it lies
+    same = all(_COCO.match(PurePosixPath(path).stem) for path in left) or all(
+        PurePosixPath(path).parent.name in _VG_FOLDERS for path in left
+    )
+    return left[0] if len(left) == 1 or same else None
 
 
 def _inside(path: str, root: Path) -> bool:

@@ -57,7 +57,7 @@ def sha256(path: Path) -> str:
 def input_facts(source: Source) -> list[dict[str, Any]]:
     """Name, size and hash of every annotation file; one entry a folder where files are many."""
     name = source.entry.name
-    facts = [
+    facts: list[dict[str, Any]] = [
         {
             "source": name,
             "path": path.as_posix(),

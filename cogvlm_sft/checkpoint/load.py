@@ -212,9 +212,9 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint in the released layout, with tokenizer and processor beside the weights.
 
-    Everything is written into a hidden folder first. If `out` is new or empty it appears by one
-    rename; if it holds other files (a run's logs) the files are moved in one by one, config.json
-    last: a folder without it is no checkpoint to any reader.
+    Everything is written into a hidden folder first. If `out` is new it appears by one rename; if
+    it exists (and holds a run's logs) the files are moved in one by one, config.json last: a folder
+    without it is no checkpoint to any reader.
 
     Args:
         model: the model, unwrapped.
@@ -229,7 +229,9 @@ def save_checkpoint(
     target = Path(out)
     if (target / "config.json").exists():
         raise CheckpointError(f"{target} already holds a checkpoint; choose another folder")
-    staging = target.parent / f".{target.name}.writing"
+    # On the target's own file system: a rename does not cross from one to another.
+    beside = not target.exists()
+    staging = target.parent / f".{target.name}.writing" if beside else target / ".writing"
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -244,20 +246,16 @@ def save_checkpoint(
         if dtype is not None:
             _write_dtype(staging / "config.json", _torch_dtype(dtype))
         processor.save_pretrained(staging)
-        _move_into_place(staging, target)
+        if beside:
+            os.replace(staging, target)
+        else:
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, target / file.name)
     except OSError as error:
         raise CheckpointError(f"{target}: the checkpoint cannot be written: {error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
-
-
-def _move_into_place(staging: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        os.replace(staging, target)
-        return
-    for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, target / file.name)
 
 
 def _write_dtype(file: Path, dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
 """Drawn pictures of the demo: signs to read and coloured shapes to find.
 
 Pictures are drawn with Pillow and its built-in font, so that nothing is downloaded and the truth is
-exact. Notable choices: a sign holds one to three capitals or digits, each in a slot of one patch's
+exact. Notable choices: a sign holds one or two capitals or digits, each in a slot of one patch's
 width with jitter, so that reading an unseen word means reading its letters; shapes stand on a grid
 of four cells, so that a model of two million parameters can learn their corners in minutes; the
 paper is mid-grey, which is zero after CLIP's normalisation, so that what is drawn stands out from
@@ -31,7 +31,7 @@ COLORS = {
     "orange": (250, 130, 20),
 }
 _PAPERS = ((120, 116, 104), (100, 110, 125), (135, 120, 110))
-_INKS = ((250, 250, 250), (255, 240, 150), (10, 10, 20), (20, 20, 60))
+_INKS = ((250, 250, 250), (255, 240, 150), (200, 255, 255))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def box_text(box: tuple[float, float, float, float], size: tuple[int, int]) -> s
 
 
 def draw_sign(text: str, rng: random.Random) -> Image.Image:
-    """A sign with one to four characters from the left, on one of two lines.
+    """A sign with one to four characters in light ink, from the left.
 
     Args:
         text: Capitals or digits.
@@ -98,7 +98,7 @@ def draw_sign(text: str, rng: random.Random) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     ink = rng.choice(_INKS)
     font = _font(rng.choice((15, 16)))
-    middle = CELL * 1.5 + CELL * rng.randint(0, 1)
+    middle = CELL * 1.5
     for index, character in enumerate(text):
         x = CELL * (index + 0.5) + rng.uniform(-1, 1)
         y = middle + rng.uniform(-1, 1)
@@ -107,7 +107,7 @@ def draw_sign(text: str, rng: random.Random) -> Image.Image:
 
 
 def random_shapes(rng: random.Random, count: int) -> tuple[Shape, ...]:
-    """Shapes of different names that do not overlap, in random order.
+    """Shapes of different colours that do not overlap, in random order.
 
     Args:
         rng: Source of every choice.
@@ -158,7 +158,7 @@ def _vary(color: tuple[int, int, int], span: int, rng: random.Random) -> tuple[i
 
 
 def _apart(one: Shape, other: Shape) -> bool:
-    if one.name == other.name:
+    if one.color == other.color:
         return False
     ax0, ay0, ax1, ay1 = one.pixels()
     bx0, by0, bx1, by1 = other.pixels()

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cogvlm_sft.demo.corpus import Example, Sizes, make_corpus
+from cogvlm_sft.demo.corpus import DEFAULT_SIZES, Example, Sizes, make_corpus
 from cogvlm_sft.demo.tokenizer import train_tokenizer
 from cogvlm_sft.errors import CogVLMSFTError, DataError
 from cogvlm_sft.model.prompts import PROMPTS
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(split: str = "heldout", sizes: Sizes = Sizes()) -> dict[str, Any]:
+def run(split: str = "heldout", sizes: Sizes = DEFAULT_SIZES) -> dict[str, Any]:
     """All stages, in the working directory.
 
     Args:
@@ -140,11 +140,10 @@ def training_texts(examples: list[Example]) -> list[str]:
     for example in examples:
         if example.split != "train":
             continue
-        style = "chat" if _STYLES[example.task] == "chat" else "vqa"
+        _, before, after = PROMPTS[_STYLES[example.task]]
         for question, answer in example.base:
             texts.append(f"{question} {answer}")
         for question, answer in example.rounds:
-            _, before, after = PROMPTS[style]
             texts.append(f"{before}{question}{after} {answer}")
     return texts
 

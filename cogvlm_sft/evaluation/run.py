@@ -117,7 +117,7 @@ def evaluate_model(
             {
                 "id": identity,
                 "images": [str(image) for image in request.images],
-                "question": request.question,
+                "question": strip_marker(request.question),
                 "answer": truth,
                 "prediction": prediction,
                 "right": right,
@@ -159,8 +159,8 @@ def _rounds(conversation: Conversation, image_root: Path) -> Iterator[tuple[str,
     shown = 0
     for number, (asked, answered) in enumerate(conversation.rounds()):
         shown += asked.content.count(IMAGE_MARKER)
-        # One picture needs no marker: it stands before the first round. Several keep theirs.
-        question = strip_marker(asked.content) if len(images) <= 1 else asked.content.strip()
+        # The marker stays: the picture stands where training put it, before its own round.
+        question = asked.content.strip()
         if answered.train:
             yield (
                 f"{conversation.id}#{number}",

@@ -24,7 +24,7 @@ from cogvlm_sft.errors import ModelInputError
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-class CogVLMImageProcessorKwargs(ImagesKwargs, total=False):
+class CogVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """What CogVLM's transform takes beyond transformers' own image options.
 
     Attributes:
@@ -108,11 +108,11 @@ class CogVLMImageProcessor(PilBackend):
         """Tokens of one picture: its patches, boi and eoi (1227 at 490 px, 258 at 224 px)."""
         return (self.size["height"] // (self.patch_size * self.grid_stride)) ** 2 + 2
 
-    def process_image(self, image: Any, **kwargs: Any) -> Image.Image:  # type: ignore[override]
+    def process_image(self, image: Any, **kwargs: Any) -> Image.Image:
         """One picture of any kind as an upright RGB image."""
         return to_rgb(image) if kwargs.get("do_convert_rgb", True) else to_pil_image(image)
 
-    def _preprocess(  # type: ignore[override]
+    def _preprocess(
         self,
         images: list[Image.Image],
         *,

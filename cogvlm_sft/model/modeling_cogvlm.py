@@ -331,7 +331,9 @@ class CogVLMModel(CogVLMPreTrainedModel):
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         mask = attention_mask if attention_mask is None or attention_mask.dim() == 2 else None
         if token_type_ids is None and not seen:
-            token_type_ids = torch.zeros(batch, length, dtype=torch.long, device=self.device)
+            token_type_ids = torch.zeros(
+                batch, length, dtype=torch.long, device=inputs_embeds.device
+            )
         if position_ids is None:
             if token_type_ids is None or token_type_ids.shape[1] != seen + length:
                 covered = 0 if token_type_ids is None else token_type_ids.shape[1]
@@ -342,7 +344,9 @@ class CogVLMModel(CogVLMPreTrainedModel):
                 )
             position_ids = build_position_ids(token_type_ids, mask)[:, -length:]
         if token_type_ids is None:
-            token_type_ids = torch.zeros(batch, length, dtype=torch.long, device=self.device)
+            token_type_ids = torch.zeros(
+                batch, length, dtype=torch.long, device=inputs_embeds.device
+            )
 
         if pixel_values is not None and pixel_values.shape[0] == 0:
             pixel_values = None

@@ -174,7 +174,7 @@ class CogVLMProcessor(ProcessorMixin):
         self._add_words(row, self._answer_prefix + answer.strip(), 0)
         return [*row.input_ids, self.tokenizer.eos_token_id]
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
@@ -251,7 +251,7 @@ class CogVLMProcessor(ProcessorMixin):
             data, tensor_type=return_tensors, skip_tensor_conversion=["offset_mapping"]
         )
 
-    def apply_chat_template(  # type: ignore[override]
+    def apply_chat_template(
         self, conversation: Any, chat_template: str | None = None, **kwargs: Any
     ) -> Any:
         """Messages to text, or with `tokenize=True` to model inputs; as in transformers.

@@ -3,6 +3,7 @@
 The two forms render the same text, which a test holds. Notable choices: a round's only picture goes
 in front of the round, several pictures stay where they stand; there is no EOS between rounds, since
 the released model sees its history without it, so the template closes the last answer alone.
+The released `base` prompt knows no history; ours joins it by newlines like the others.
 """
 
 from cogvlm_sft.errors import ModelInputError

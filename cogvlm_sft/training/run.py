@@ -9,6 +9,7 @@ A run that is stopped or fails leaves no checkpoint that could be taken for a fi
 import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -121,10 +122,14 @@ def train(recipe: Recipe) -> TrainResult:
             stop.restore()
             progress.close()
         if trainer.state.global_step < recipe.train.iterations:
-            newest = snapshots.snapshots(recipe.train.output)
-            raise TrainingStopped(
-                stop.received or 0, trainer.state.global_step, newest[-1] if newest else None
-            )
+            snapshot = snapshots.snapshot_folder(recipe.train.output, trainer.state.global_step)
+            if first:
+                print(
+                    f"stopped after step {trainer.state.global_step}; the same command goes on "
+                    f"from {snapshot}",
+                    file=sys.stderr,
+                )
+            raise TrainingStopped(stop.received or 0, trainer.state.global_step, snapshot)
         return _finish(trainer, model, processor, recipe, started)
 
 

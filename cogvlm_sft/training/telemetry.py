@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class TrainingStopped(SystemExit):
     """A run was stopped by a signal after it saved a snapshot; exits with 128 + the signal."""
 
-    def __init__(self, signal_number: int, step: int, snapshot: Path | None) -> None:
+    def __init__(self, signal_number: int, step: int, snapshot: Path) -> None:
         """`step` is the last one that was trained, `snapshot` where the run goes on from."""
         super().__init__(128 + signal_number)
         self.signal_number, self.step, self.snapshot = signal_number, step, snapshot

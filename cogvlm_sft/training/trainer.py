@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from cogvlm_sft.errors import CheckpointError
+from cogvlm_sft.errors import CheckpointError, RecipeError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import snapshots
@@ -236,8 +236,18 @@ class CogVLMTrainer(SFTTrainer):
         return super()._get_learning_rate()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each group's rate and the speed since the last log to a training step's figures."""
+        """Add each group's rate and the speed since the last log to a training step's figures.
+
+        Raises:
+            RecipeError: the loss is no longer a number, so every further step would be lost.
+        """
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise RecipeError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; expected a "
+                    f"finite number. Lower train.learning_rate ({self.args.learning_rate:g}) or "
+                    "lengthen train.warmup_iterations, and start from the last snapshot"
+                )
             logs |= {f"lr/{group}": rate for group, rate in self._rates_of_step.items()}
             now, step = time.monotonic(), self.state.global_step
             then, previous = self._last_log

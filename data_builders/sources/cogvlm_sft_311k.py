@@ -147,6 +147,6 @@ def _caption(captions: Any, notes: Counter[str]) -> list[str] | str:
 SOURCE = CogvlmSft311k
 
 if __name__ == "__main__":
-    from data_builders.build import run_source
+    from data_builders.script import run_source
 
     run_source("cogvlm_sft_311k")

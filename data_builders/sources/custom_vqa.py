@@ -320,6 +320,6 @@ def _turns(inner: Any, notes: Counter[str]) -> list[str] | str:
 SOURCE = CustomVQA
 
 if __name__ == "__main__":
-    from data_builders.build import run_source
+    from data_builders.script import run_source
 
     run_source("custom_vqa")

@@ -114,6 +114,6 @@ def _check_markers(messages: Any, images: int, notes: Counter[str]) -> str:
 SOURCE = LlavaInstruct
 
 if __name__ == "__main__":
-    from data_builders.build import run_source
+    from data_builders.script import run_source
 
     run_source("llava_instruct")

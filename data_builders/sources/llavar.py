@@ -43,6 +43,6 @@ class Llavar(Source):
 SOURCE = Llavar
 
 if __name__ == "__main__":
-    from data_builders.build import run_source
+    from data_builders.script import run_source
 
     run_source("llavar")

@@ -1,11 +1,12 @@
 """LRV-Instruction: GPT-4 questions about Visual Genome pictures, many about what is absent.
 
-Record: `{"image_id", "question", "answer", "task"?}` in a list, which v1 wraps as
-`{"annotations": []}`. Use the files without coordinates (filter_cap1, filter_cap_more1) and the
-charts. `image_id` is a Visual Genome number, or a file name for charts. The answers were written
-from captions, not from pictures, so: "There is no mention of a teapot" is rewritten to "There is no teapot" (the negative
-ones teach the model to say no and stay); answers that still speak of a description, caption or
-bounding box, and rows with left-over coordinates, are dropped. `clean: false` keeps them.
+Record: `{"image_id", "question", "answer", "task"?}` in a list, which v1 wraps as `{"annotations":
+[]}`. Use the files without coordinates (filter_cap1, filter_cap_more1) and the charts. `image_id`
+is a Visual Genome number, or a file name for charts. The answers were written from captions, not
+from pictures, so: "There is no mention of a teapot" is rewritten to "There is no teapot" (the
+negative ones teach the model to say no and stay); answers that still speak of a description,
+caption or bounding box, and rows with left-over coordinates, are dropped. `clean: false` keeps
+them.
 
 Usage:
     python -m data_builders.sources.lrv_instruction --annotations filter_cap1.json \\
@@ -74,7 +75,7 @@ class LrvInstruction(Source):
                 notes["no_mention_rewritten"] += 1
             if _OF_THE_PROMPT.search(turns[1]):
                 return "answer_speaks_of_the_prompt"
-            if _COORDINATES.search(turns[0]) or _COORDINATES.search(turns[1]):
+            if any(":" in text and _COORDINATES.search(text) for text in turns):
                 return "coordinates_left_over"
         task = record.get("task")
         meta = {"task": task} if type(task) is str else {}
@@ -90,6 +91,6 @@ def _no(match: re.Match[str]) -> str:
 SOURCE = LrvInstruction
 
 if __name__ == "__main__":
-    from data_builders.build import run_source
+    from data_builders.script import run_source
 
     run_source("lrv_instruction")

@@ -15,7 +15,11 @@ def save_picture(path: Path, colour: int = 0, size: tuple[int, int] = (48, 40)) 
     image = Image.new("RGB", size)
     image.putdata(
         [
-            ((x * 5 + colour * 37) % 256, (y * 6 * (colour + 1)) % 256, (x * y * (colour + 2)) % 256)
+            (
+                (x * 5 + colour * 37) % 256,
+                (y * 6 * (colour + 1)) % 256,
+                (x * y * (colour + 2)) % 256,
+            )
             for y in range(size[1])
             for x in range(size[0])
         ]

@@ -37,8 +37,8 @@ def test_chat_says_in_one_message_what_is_missing(
     for part in (
         "model.checkpoint: checkpoint folder checkpoints/cogvlm-base-490-hf does not exist",
         "model.tokenizer: folder checkpoints/vicuna-7b-v1.5 does not exist",
-        "data.train.0.path: data/chat",
-        "data.image_root: folder data/images does not exist",
+        "data.train.0.path: builds/chat_500k",
+        "data.image_root: folder data does not exist",
         "memory: about ",
         "32.0 GiB available",
     ):

@@ -113,6 +113,11 @@ def damage_header(path: Path) -> None:
     file.write_bytes(data)
 
 
+def shorten_tokenizer(path: Path) -> None:
+    file = path / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
 def remove(name: str) -> Callable[[Path], None]:
     return lambda path: (path / name).unlink()
 
@@ -136,6 +141,7 @@ def of_another_step(path: Path) -> None:
     [
         damage_weights,
         damage_header,
+        shorten_tokenizer,
         remove("optimizer.pt"),
         remove("scheduler.pt"),
         remove("rng_state.pth"),
@@ -147,6 +153,7 @@ def of_another_step(path: Path) -> None:
     ids=[
         "weights",
         "header",
+        "tokenizer",
         "optimizer",
         "scheduler",
         "rng",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogvlm_sft import CogVLMForCausalLM, Recipe, train
+from cogvlm_sft import CogVLMForCausalLM, Recipe, RecipeError, train
 from cogvlm_sft.training.telemetry import read_metrics
 from cogvlm_sft.training.trainer import GlobalBatchSampler, hold_trainable_in_fp32, rate_schedule
 from cogvlm_sft.tune import group_of, set_trainable
@@ -124,15 +124,24 @@ def test_trainable_weights_are_held_in_fp32(tiny: dict[str, object]) -> None:
         assert parameter.dtype == wanted, name
 
 
-def test_bf16_run_keeps_fp32_in_snapshots_and_writes_bf16(make_recipe: MakeRecipe) -> None:
+def test_bf16_run_keeps_fp32_in_snapshots_and_writes_bf16(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    start = train(make_recipe(model__dtype="bfloat16", train__output=tmp_path / "start")).output
+    assert {value.dtype for value in weights(start).values()} == {torch.bfloat16}
     recipe = make_recipe(
-        model__dtype="bfloat16", train__iterations=2, tune__vision_tower={"mode": "frozen"}
+        model__config=None,
+        model__tokenizer=None,
+        model__checkpoint=start,
+        model__dtype="bfloat16",
+        train__iterations=2,
+        tune__vision_tower={"mode": "frozen"},
     )
     result = train(recipe)
     masters = weights(result.output / "snapshots" / "step-00000002")
     assert masters["lm_head.weight"].dtype == torch.float32
     assert masters["model.vision.patch_embedding.proj.weight"].dtype == torch.bfloat16
-    assert {v.dtype for v in weights(result.output).values()} == {torch.bfloat16}
+    assert {value.dtype for value in weights(result.output).values()} == {torch.bfloat16}
     config = json.loads((result.output / "config.json").read_text(encoding="utf-8"))
     assert config["dtype"] == "bfloat16"
 
@@ -231,3 +240,29 @@ def test_no_telemetry_is_sent(make_recipe: MakeRecipe, monkeypatch: pytest.Monke
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(base, "send_telemetry", refuse)
     train(make_recipe(train__iterations=1, train__warmup_iterations=0))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match=r"the loss is (nan|inf) at step"):
+        train(make_recipe(train__learning_rate=1e30, train__warmup_iterations=0))
+
+
+def test_held_out_loss_is_the_mean_over_all_supervised_tokens(
+    make_recipe: MakeRecipe, world: Path, tmp_path: Path
+) -> None:
+    """Whatever the batches, and measured as often as the recipe says."""
+    measured = []
+    for size in (22, 5):
+        result = train(
+            make_recipe(
+                data__validation=world / "train.jsonl",
+                evaluate__every=3,
+                evaluate__batch_size=size,
+                train__output=tmp_path / f"by{size}",
+            )
+        )
+        rows = read_metrics(result.output / "metrics.jsonl")
+        held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+        assert [step for step, _ in held_out] == [3, 6, 6]
+        measured.append([loss for _, loss in held_out])
+    assert measured[1] == pytest.approx(measured[0], abs=1e-6)

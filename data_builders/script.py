@@ -1,0 +1,86 @@
+"""The command line that every source module has: `python -m data_builders.sources.NAME`.
+
+It makes a build recipe of one source out of its flags and runs it; the source's own options become
+flags by themselves. Mistakes of the user end in one line and status 2.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from cogvlm_sft.errors import CogVLMSFTError, RecipeError
+from data_builders.build import build_recipe
+from data_builders.recipe import parse_recipe
+from data_builders.source import load_source
+
+
+def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
+    """The command line of one source; exits with status 2 on a mistake of the user's."""
+    source = load_source(name)
+    module = sys.modules[source.__module__]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m data_builders.sources.{name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--annotations", nargs="+", default=[], metavar="PATH")
+    parser.add_argument("--images", nargs="+", default=[], metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="BUILD")
+    parser.add_argument("--image-root", metavar="DIR", help="what paths are relative to")
+    parser.add_argument("--style", choices=("chat", "vqa", "base"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--max", type=int, metavar="N", help="at most N conversations")
+    parser.add_argument("--shard-size", type=int, default=50_000)
+    parser.add_argument("--min-side", type=int, default=28, help="smallest picture side, pixels")
+    parser.add_argument("--no-image-check", action="store_true", help="do not open pictures")
+    parser.add_argument("--keep-duplicates", action="store_true")
+    parser.add_argument("--no-clean", action="store_true", help="without the set's own clean rules")
+    for key, option in source.Options.model_fields.items():
+        described = str(option.annotation)
+        parser.add_argument(
+            f"--{key.replace('_', '-')}",
+            dest=f"option_{key}",
+            nargs="+" if "dict" in described or "list" in described else None,
+            action="extend" if "dict" in described or "list" in described else "store",
+            metavar="OURS=THEIRS" if "dict" in described else "VALUE",
+        )
+    given = parser.parse_args(arguments)
+    entry: dict[str, Any] = {
+        "source": name, "annotations": given.annotations, "images": given.images,
+        "clean": not given.no_clean,
+    }  # fmt: skip
+    if given.style:
+        entry["style"] = given.style
+    if given.max is not None:
+        entry["max"] = given.max
+    try:
+        for key in source.Options.model_fields:
+            value = getattr(given, f"option_{key}")
+            if value is not None:
+                entry[key] = _pairs(value) if key == "columns" else value
+        content = {
+            "out": given.out, "seed": given.seed, "workers": given.workers,
+            "shard_size": given.shard_size, "image_root": given.image_root,
+            "images": {"check": not given.no_image_check, "min_side": given.min_side},
+            "deduplicate": not given.keep_duplicates, "sources": [entry],
+        }  # fmt: skip
+        print(build_recipe(parse_recipe(content, "command line")).summary())
+    except CogVLMSFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written, run it again", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _pairs(items: list[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in items:
+        ours, equals, theirs = item.partition("=")
+        if not equals or not theirs:
+            raise RecipeError(f"--columns {item}: expected OURS=THEIRS, such as question=ask")
+        pairs[ours] = theirs
+    return pairs

@@ -1,0 +1,288 @@
+"""The build as a whole: same bytes always, nothing half-written, nothing lost, mistakes named."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from cogvlm_sft.conversation import read_conversations
+from cogvlm_sft.errors import DataError, RecipeError
+from data_builders import annotations
+from data_builders import build as building
+from data_builders.build import build
+from data_builders.source import list_sources
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def corpus(root, picture, write_json, tmp_path):
+    """Two sources of a few hundred records; returns the recipe's content."""
+    for number in range(12):
+        picture(root / "coco" / f"{number:012d}.jpg", number)
+        picture(root / "vg" / f"{number + 500}.jpg", number + 20)
+    (root / "coco" / "000000000011.jpg").write_bytes(b"no picture")
+    llava = [
+        {"id": f"{n % 13:012d}", "image": f"{n % 13:012d}.jpg", "conversations": [
+            {"from": "human", "value": f"<image>\nQuestion {n}?"},
+            {"from": "gpt", "value": f"Answer {n // 2} 猫"}]}
+        for n in range(300)
+    ]  # fmt: skip
+    lrv = [
+        {"image_id": str(n % 12 + 500), "question": f"Is it {n}?", "answer": f"No, {n}."}
+        for n in range(200)
+    ]
+    write_json("llava.json", llava)
+    write_json("lrv1.json", lrv[:120])
+    write_json("lrv2.json", lrv[120:])
+    return {
+        "out": str(tmp_path / "build"),
+        "image_root": str(root),
+        "seed": 3,
+        "shard_size": 150,
+        "workers": 1,
+        "sources": [
+            {"source": "llava_instruct", "annotations": [str(tmp_path / "llava.json")],
+             "images": [str(root / "coco")]},
+            {"source": "lrv_instruction",
+             "annotations": [str(tmp_path / "lrv1.json"), str(tmp_path / "lrv2.json")],
+             "images": [str(root / "vg")]},
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def recipe(corpus, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(corpus))
+    return path
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_counts_and_shards(recipe, tmp_path):
+    result = build(recipe)
+    names = sorted(path.name for path in result.out.iterdir())
+    assert names == [
+        "conversations-00000-of-00004.jsonl", "conversations-00001-of-00004.jsonl",
+        "conversations-00002-of-00004.jsonl", "conversations-00003-of-00004.jsonl",
+        "manifest.json", "report.html",
+    ]  # fmt: skip
+    manifest = json.loads((result.out / "manifest.json").read_text())
+    assert manifest["sources"]["llava_instruct"]["dropped"] == {
+        "image_missing": 23, "image_not_an_image": 23,
+    }  # fmt: skip
+    assert manifest["totals"] == {
+        "read": 500, "kept": 454, "conversations": 454, "questions": 454, "dropped": 46,
+    }  # fmt: skip
+    assert [f["conversations"] for f in manifest["files"]] == [150, 150, 150, 4]
+    assert {len(i["sha256"]) for i in manifest["inputs"]} == {64}
+    assert len({c.id for c in read_conversations(result.out)}) == 454
+    first = [c.source for c in read_conversations(result.out)][:150]
+    assert 50 < first.count("llava_instruct") < 110  # 254 of 454: the sources are mixed
+    assert "llava_instruct" in result.summary() and "454 conversations" in result.summary()
+
+
+def test_same_bytes_for_any_worker_count_hash_seed_and_file_order(
+    recipe, corpus, tmp_path, monkeypatch
+):
+    first = digest(build(recipe).out)
+    monkeypatch.setattr(annotations, "CHUNK", 2000)
+    monkeypatch.setattr(building, "PARALLEL_FROM", 0)
+    assert digest(build(recipe, [f"out={tmp_path}/two", "workers=2"]).out) == first
+    monkeypatch.undo()
+    corpus["sources"][1]["annotations"].reverse()
+    turned = tmp_path / "turned.yaml"
+    turned.write_text(yaml.safe_dump(corpus | {"out": str(tmp_path / "three")}))
+    done = subprocess.run(
+        [sys.executable, "-c", f"from data_builders.build import build; build({str(turned)!r})"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    third = digest(tmp_path / "three")
+    third.pop("manifest.json")  # its recipe lists the other order
+    assert third.items() <= first.items()
+    other = digest(build(recipe, [f"out={tmp_path}/four", "seed=4"]).out)
+    assert (
+        other["conversations-00000-of-00004.jsonl"] != first["conversations-00000-of-00004.jsonl"]
+    )
+
+
+def test_a_further_source_moves_no_other_conversation(recipe, corpus, tmp_path):
+    both = [c.id for c in read_conversations(build(recipe).out)]
+    corpus["sources"].pop()
+    recipe.write_text(yaml.safe_dump(corpus))
+    alone = [c.id for c in read_conversations(build(recipe).out)]
+    assert [identity for identity in both if identity.startswith("llava")] == alone
+
+
+def test_caps_and_weights(recipe):
+    result = build(recipe, ["sources.llava_instruct.max=100", "sources.lrv_instruction.weight=1.5"])
+    rows = result.manifest["sources"]
+    assert rows["llava_instruct"]["dropped"]["over_max"] == 154
+    assert rows["llava_instruct"]["conversations"] == 100
+    assert (rows["lrv_instruction"]["kept"], rows["lrv_instruction"]["conversations"]) == (200, 300)
+    ids = [c.id for c in read_conversations(result.out)]
+    assert len(set(ids)) == 400 and sum(identity.endswith("~2") for identity in ids) == 100
+    half = build(recipe, ["sources.1.weight=0.25"])
+    assert half.manifest["sources"]["lrv_instruction"]["dropped"] == {"left_out_by_weight": 150}
+
+
+def test_exact_and_near_duplicates(root, picture, run, write_json):
+    smooth = Image.radial_gradient("L").crop((20, 60, 220, 220))
+    smooth.save(root / "1.png")
+    smooth.resize((180, 144)).save(root / "2.png")
+    picture(root / "3.png", 9, size=(200, 160))
+
+    def row(image, question="What?"):
+        return {"image": image, "question": question, "answer": "A thing."}
+
+    rows = [row("1.png"), row("1.png"), row("2.png"), row("2.png", "Other?"), row("3.png")]
+    path = write_json("q.json", rows)
+    exact, _, _ = run("custom_vqa", [path])
+    assert exact["dropped"] == {"duplicate": 1}
+    near, built, result = run("custom_vqa", [path], deduplicate={"near": 6})
+    assert near["dropped"] == {"duplicate": 1, "near_duplicate": 1}
+    assert sorted((r["images"][0], r["messages"][0]["content"][8:]) for r in built) in (
+        [("1.png", "What?"), ("2.png", "Other?"), ("3.png", "What?")],
+        [("2.png", "Other?"), ("2.png", "What?"), ("3.png", "What?")],
+    )
+    assert "Near-duplicates taken out" in (result.out / "report.html").read_text()
+    none, _, _ = run("custom_vqa", [path], deduplicate=False)
+    assert none["dropped"] == {}
+
+
+def test_held_out_pictures(root, picture, run, write_json, tmp_path):
+    names = ["COCO_val2014_000000000042.jpg", "500.jpg", "100000000042.jpg", "x.jpg"]
+    for number, name in enumerate(names):
+        picture(root / name, number * 3, size=(120, 100))
+    rows = [{"image": name, "question": "q", "answer": "a"} for name in names]
+    questions = write_json("q.json", rows)
+    coco = write_json("mscoco_val.json", {"questions": [{"image_id": 42, "question_id": 420}]})
+    genome = tmp_path / "lrv_eval.txt"
+    genome.write_text("500\n")
+    folder = tmp_path / "held"
+    picture(folder / "renamed.jpg", 9, size=(120, 100))
+    against = [str(coco), str(genome), str(folder)]
+    report, built, result = run(
+        "custom_vqa", [questions], decontaminate={"against": against, "mode": "drop"}
+    )
+    assert report["dropped"] == {"held_out_picture": 3}
+    assert [r["images"] for r in built] == [["100000000042.jpg"]]
+    assert [o["records"] for o in result.manifest["held_out"].values()] == [1, 1, 1]
+    report, built, _ = run(
+        "custom_vqa", [questions], decontaminate={"against": against, "mode": "report"}
+    )
+    assert len(built) == 4 and report["dropped"] == {}
+    with pytest.raises(DataError, match=r"nothing\.txt does not exist"):
+        run("custom_vqa", [questions], decontaminate={"against": ["nothing.txt"]})
+
+
+def test_a_failing_build_leaves_the_earlier_one_untouched(recipe, corpus, tmp_path, monkeypatch):
+    out = build(recipe).out
+    before = digest(out)
+    path = tmp_path / "lrv2.json"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DataError, match="truncated"):
+        build(recipe)
+    assert digest(out) == before
+
+    def full(*_args, **_keys):
+        raise OSError(28, "No space left on device")
+
+    path.write_text("[]")
+    monkeypatch.setattr(building, "make_manifest", full)
+    with pytest.raises(DataError, match="the disk is full"):
+        build(recipe)
+    assert digest(out) == before
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_foreign_folder_is_never_replaced(recipe, tmp_path):
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match="exists and is not a build folder"):
+        build(recipe)
+    assert (tmp_path / "build" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "overrides, complaint",
+    [
+        (["sed=4"], "unknown key 'sed'; did you mean 'seed'"),
+        (["sources.0.anotations=x"], "unknown key 'anotations'; did you mean 'annotations'"),
+        (["images.chek=false"], "unknown key 'images.chek'; did you mean 'check'"),
+        (["sources.0.source=llava_instuct"], "did you mean 'llava_instruct'"),
+        (["seed=many"], "seed: .* found 'many'"),
+        (["sources.nothing.max=3"], "no source 'nothing'"),
+        (["sources.1.name=llava_instruct"], "two sources are called 'llava_instruct'"),
+        (["seed"], "an override reads key.sub=value"),
+        (["images.check=false", "deduplicate.near=3"], "needs images.check: true"),
+    ],
+)
+def test_recipe_mistakes(overrides, complaint, recipe, tmp_path):
+    with pytest.raises(RecipeError, match=complaint):
+        build(recipe, overrides)
+    assert not (tmp_path / "build").exists()
+
+
+def test_data_mistakes(recipe, tmp_path, root):
+    with pytest.raises(DataError, match=r"annotation file .*gone\.json is missing"):
+        build(recipe, [f"sources.0.annotations=[{tmp_path}/gone.json]"])
+    with pytest.raises(DataError, match=r"image folder .*nowhere is missing"):
+        build(recipe, [f"sources.0.images=[{root}/nowhere]"])
+    with pytest.raises(DataError, match="lies outside of the image root"):
+        build(recipe, [f"sources.0.images=[{tmp_path}]"])
+    with pytest.raises(DataError, match=r"no conversation is left of 500 .*image_missing"):
+        build(recipe, [f"sources.0.images=[{root}/vg]", f"sources.1.images=[{root}/coco]"])
+    with pytest.raises(RecipeError, match=r"packaged ones are .*chat_500k"):
+        build("chat_600k")
+
+
+def test_unchecked_build_needs_no_pictures(recipe, root):
+    result = build(recipe, ["images=false", f"sources.0.images=[{root}/gone]"])
+    assert result.manifest["totals"]["kept"] == 500
+    one = next(c for c in read_conversations(result.out) if c.source == "llava_instruct")
+    assert one.images[0].startswith("gone/0000")
+
+
+def test_packaged_recipes_load():
+    from data_builders.recipe import load_recipe
+
+    for path in sorted((ROOT / "recipes" / "data").glob("*.yaml")):
+        assert load_recipe(path.stem).sources, path
+
+
+def test_report_escapes_foreign_text(root, picture, run, write_json):
+    picture(root / "a.jpg", 1)
+    row = {"image": "a.jpg", "question": "<script>alert(1)</script>", "answer": "<b>x</b>"}
+    bad = {"image": "<img src=x onerror=alert(2)>", "question": "q", "answer": "a"}
+    _, _, result = run("custom_vqa", [write_json("q.json", [row, bad])])
+    page = (result.out / "report.html").read_text()
+    assert "<script" not in page and "<img src=x" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_decompression_bomb_is_dropped(root, picture, run, write_json):
+    picture(root / "a.png", 1)
+    Image.new("1", (30000, 30000)).save(root / "bomb.png")
+    rows = [{"image": name, "question": "q", "answer": "a"} for name in ("a.png", "bomb.png")]
+    report, _, _ = run("custom_vqa", [write_json("q.json", rows)])
+    assert report["dropped"] == {"image_too_large": 1}
+
+
+def test_list_sources_tells_what_to_fetch(tmp_path):
+    (tmp_path / "filter_cap1.json").write_text("[]")
+    table = list_sources(tmp_path)
+    assert "here     filter_cap1.json" in table
+    assert "missing  llava_v1_5_mix665k.json" in table and "1,030 MB" in table
+    assert "CC-BY-NC-4.0 (non-commercial)" in table

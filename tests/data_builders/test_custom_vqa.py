@@ -1,0 +1,182 @@
+"""One's own questions in every form: tables, JSON, nested turns, and a labelled folder."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cogvlm_sft.errors import DataError, RecipeError
+
+
+@pytest.fixture
+def photos(root, picture):
+    for number, name in enumerate(["a.jpg", "b.png", "c.jpg"]):
+        picture(root / name, number)
+    return root
+
+
+def texts(built):
+    return [(r["images"], [m["content"] for m in r["messages"]]) for r in built]
+
+
+def test_csv(photos, run, tmp_path):
+    path = tmp_path / "q.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbfimage,question,answer\r\n"
+        b'a.jpg,"What, then?","He said ""no"""\r\n'
+        b"a.jpg,Second question?,=cmd|' /C calc'!A0\r\n"
+        b"b.jpg,Wrong ending?,yes\r\n"
+        b"c.jpg,\xe7\x8c\xab?,\xe6\x98\xaf\r\n"
+        b"a.jpg,No answer?,\r\n"
+        b",No picture?,x\r\n"
+        b"z.jpg,Missing?,x\r\n"
+        b"a.jpg,too few\r\n"
+        b"a.jpg,too,many,cells\r\n"
+        b"../a.jpg,Out?,x\r\n"
+    )
+    report, built, _ = run("custom_vqa", [path])
+    assert texts(built) == [
+        (["a.jpg"], ["<image>\nWhat, then?", 'He said "no"']),
+        (["a.jpg"], ["<image>\nSecond question?", "=cmd|' /C calc'!A0"]),
+        (["b.png"], ["<image>\nWrong ending?", "yes"]),
+        (["c.jpg"], ["<image>\n猫?", "是"]),
+    ]
+    assert report["read"] == 10 and report["kept"] == 4
+    assert report["dropped"] == {
+        "cell_count_differs": 2, "empty_answer": 1, "image_missing": 1, "image_name_missing": 1,
+        "image_path_unsafe": 1,
+    }  # fmt: skip
+    assert {r["style"] for r in built} == {"vqa"}
+
+
+def test_tsv_with_other_columns_and_style(photos, run, tmp_path):
+    path = tmp_path / "q.tsv"
+    path.write_text("file\task\treply\nimg/a.jpg\tq\t3\n")
+    _, built, _ = run(
+        "custom_vqa",
+        [path],
+        columns={"image": "file", "question": "ask", "answer": "reply"},
+        style="chat",
+    )
+    assert texts(built) == [(["a.jpg"], ["<image>\nq", "3"])]
+    assert built[0]["style"] == "chat"
+
+
+def test_rows_of_a_conversation_become_its_turns(photos, run, tmp_path):
+    path = tmp_path / "q.csv"
+    path.write_text(
+        "image,question,answer,conversation,turn\n"
+        "a.jpg,second,2,x,2\nb.png,only,o,y,1\na.jpg,first,1,x,1\nc.jpg,alone,l,,\n"
+        "a.jpg,p,1,z,1\nb.png,q,2,z,2\n"
+    )
+    report, built, _ = run("custom_vqa", [path])
+    assert texts(built) == [
+        (["a.jpg"], ["<image>\nfirst", "1", "second", "2"]),
+        (["b.png"], ["<image>\nonly", "o"]),
+        (["c.jpg"], ["<image>\nalone", "l"]),
+    ]
+    assert (report["read"], report["kept"], report["conversations"]) == (6, 4, 3)
+    assert report["dropped"] == {"conversation_with_several_images": 2}
+
+
+def test_json_lines_with_answers_and_turns(photos, run, tmp_path):
+    rows = [
+        {"image": "a.jpg", "question": "q", "answer": ["b", "a", "a"]},
+        {"image": ["b.png"], "question": "q", "answer": 3.0, "id": 7},
+        {"image": "c.jpg", "turns": [{"question": "q1", "answer": "a1"}, ["q2", True]]},
+        {"image": "c.jpg", "messages": [{"role": "user", "content": "<image>hi"},
+                                        {"role": "assistant", "content": "yo</s>"}]},
+        {"image": "c.jpg", "question": {"x": 1}, "answer": "a"},
+        {"image": "c.jpg", "question": "q", "answer": float("nan")},
+        {"image": "c.jpg", "question": "q", "answer": "half \ud83d"},
+        ["a.jpg"],
+    ]  # fmt: skip
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    report, built, _ = run("custom_vqa", [path])
+    assert texts(built) == [
+        (["a.jpg"], ["<image>\nq", "a"]),
+        (["b.png"], ["<image>\nq", "3"]),
+        (["c.jpg"], ["<image>\nq1", "a1", "q2", "yes"]),
+        (["c.jpg"], ["<image>\nhi", "yo"]),
+    ]
+    assert built[1]["meta"]["orig_id"] == "7"
+    assert report["dropped"] == {
+        "answer_not_a_text": 1, "question_not_a_text": 1, "record_not_an_object": 1,
+        "text_not_unicode": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", ["list", "data", "lines"])
+def test_json_shapes(shape, photos, run, tmp_path):
+    row = {"image": "a.jpg", "question": "q", "answer": "a"}
+    content = {"list": [row], "data": {"version": 1, "data": [row]}, "lines": row}[shape]
+    text = json.dumps(content, indent=2 if shape != "lines" else None)
+    path = tmp_path / "q.json"
+    path.write_text(text if shape != "lines" else f"{text}\n{text.replace('a.jpg', 'b.png')}\n")
+    _, built, _ = run("custom_vqa", [path])
+    assert len(built) == (2 if shape == "lines" else 1)
+
+
+def test_parquet(photos, run, tmp_path):
+    table = pyarrow.table(
+        {"image": ["a.jpg", "b.png", None], "question": ["q1", "q2", "q3"], "answer": [1, 2, 3]}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "q.parquet")
+    report, built, _ = run("custom_vqa", [tmp_path / "q.parquet"])
+    assert [r["messages"][1]["content"] for r in built] == ["1", "2"]
+    assert report["dropped"] == {"image_name_missing": 1}
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes((tmp_path / "q.parquet").read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"cut.parquet: not a readable Parquet file of \d+ bytes"):
+        run("custom_vqa", [cut])
+
+
+def test_labelled_folder(root, run, picture):
+    for number, name in enumerate(["XK42.png", "deep/7h3q.jpg", ".hidden.png"]):
+        picture(root / name, number)
+    report, built, _ = run("custom_vqa", [])
+    assert sorted(texts(built)) == [
+        (["XK42.png"], ["<image>\nCAPTCHA:", "XK42"]),
+        (["deep/7h3q.jpg"], ["<image>\nCAPTCHA:", "7h3q"]),
+    ]
+    assert report["read"] == 2
+
+
+def test_label_pattern_and_question(root, run, picture):
+    for number, name in enumerate(["cat_001.png", "dog_7.png", "odd.png"]):
+        picture(root / name, number)
+    report, built, _ = run("custom_vqa", [], label_pattern="^([a-z]+)_", question="Which animal?")
+    assert sorted(r["messages"][1]["content"] for r in built) == ["cat", "dog"]
+    assert {r["messages"][0]["content"] for r in built} == {"<image>\nWhich animal?"}
+    assert report["dropped"] == {"label_pattern_does_not_match": 1}
+
+
+def test_mistakes(photos, run, tmp_path):
+    path = tmp_path / "q.csv"
+    path.write_text("picture,question,answer\na.jpg,q,a\n")
+    with pytest.raises(DataError, match="no column 'image'; found 'picture', 'question'"):
+        run("custom_vqa", [path])
+    path.write_text('image,question,answer\na.jpg,q,"cut')
+    with pytest.raises(DataError, match=r"q.csv:2: broken table .* truncated at byte 34"):
+        run("custom_vqa", [path])
+    path.write_bytes(b"image,question,answer\na.jpg,q,\xff\n")
+    with pytest.raises(DataError, match="not UTF-8"):
+        run("custom_vqa", [path])
+    path.write_text("")
+    with pytest.raises(DataError, match="empty"):
+        run("custom_vqa", [path])
+    other = tmp_path / "q.xlsx"
+    other.write_text("x")
+    with pytest.raises(DataError, match="cannot tell its format"):
+        run("custom_vqa", [other])
+    with pytest.raises(RecipeError, match="unknown key 'colums'; did you mean 'columns'"):
+        run("custom_vqa", [path], colums={"image": "x"})
+    with pytest.raises(RecipeError, match="not a regular expression"):
+        run("custom_vqa", [], label_pattern="(")
+
+
+def test_an_empty_folder_is_an_error(root, run):
+    with pytest.raises(DataError, match="no picture found"):
+        run("custom_vqa", [])

@@ -1,0 +1,147 @@
+"""LRV, LLaVAR and CogVLM-SFT-311K in their released shapes, with their known defects."""
+
+import json
+
+import pytest
+
+from cogvlm_sft.errors import DataError
+
+
+def contents(built):
+    return [[m["content"] for m in r["messages"]] for r in built]
+
+
+def test_lrv(root, run, write_json, picture):
+    picture(root / "image" / "2392588.jpg", 1)
+    picture(root / "chart_image" / "chart_12.png", 2)
+    no = "no mention of a teapot on the white electric stove in the kitchen."
+    rows = [
+        {"image_id": "2392588", "question": "Can you see a blue teapot?",
+         "answer": f"There is {no}", "task": "negative"},
+        {"image_id": 2392588, "question": "Describe the wall", "answer": "It is white."},
+        {"image_id": "chart_12.png", "question": "Highest bar?", "answer": "2020"},
+        {"image_id": "2392588", "question": "q", "answer": "This is not specified in the image."},
+        {"image_id": "2392588", "question": "q", "answer": "See the bounding box."},
+        {"image_id": "2392588", "question": "q", "answer": "According to the dense captions, red."},
+        {"image_id": "2392588", "question": "Dog at X: 12 Y: 40 Width: 3 Height: 9?",
+         "answer": "Yes."},
+        {"image_id": "1", "question": "q", "answer": "a"},
+        {"image_id": "2392588", "question": "q"},
+        {"image_id": "2392588", "answer": "a"},
+        {"question": "q", "answer": "a"},
+        {"image_id": ["2392588"], "question": "q", "answer": "a"},
+        3,
+    ]  # fmt: skip
+    report, built, _ = run("lrv_instruction", [write_json("filter_cap1.json", rows)])
+    assert contents(built) == [
+        [
+            "<image>\nCan you see a blue teapot?",
+            "There is no teapot on the white electric stove in the kitchen.",
+        ],
+        ["<image>\nDescribe the wall", "It is white."],
+        ["<image>\nHighest bar?", "2020"],
+    ]
+    assert [r["images"] for r in built] == [
+        ["image/2392588.jpg"],
+        ["image/2392588.jpg"],
+        ["chart_image/chart_12.png"],
+    ]
+    assert built[0]["meta"]["task"] == "negative" and "task" not in built[1]["meta"]
+    assert report["dropped"] == {
+        "answer_speaks_of_the_prompt": 3, "coordinates_left_over": 1, "empty_answer": 1,
+        "empty_question": 1, "image_missing": 1, "image_name_missing": 1,
+        "image_name_not_a_string": 1, "record_not_an_object": 1,
+    }  # fmt: skip
+    assert report["repaired"] == {"no_mention_rewritten": 1}
+
+
+def test_lrv_wrapped_and_uncleaned(root, run, write_json, picture):
+    picture(root / "2.jpg", 1)
+    rows = [{"image_id": "2", "question": "q", "answer": "No mention of it."}]
+    path = write_json("filter_cap.json", {"annotations": rows})
+    _, built, _ = run("lrv_instruction", [path], clean=False)
+    assert contents(built) == [["<image>\nq", "No mention of it."]]
+    with pytest.raises(DataError, match=r'an object with "annotations", found .*\[\'rows\'\]'):
+        run("lrv_instruction", [write_json("bad.json", {"rows": rows})])
+
+
+def test_llavar_takes_only_its_own_part(root, run, write_json, picture):
+    picture(root / "finetune" / "100000000012.jpg", 1)
+    picture(root / "coco" / "000000033471.jpg", 2)
+
+    def row(image):
+        return {"id": image[:-4], "image": image, "conversations": [
+            {"from": "human", "value": "What does the sign say?\n<image>"},
+            {"from": "gpt", "value": "Stop"}]}  # fmt: skip
+
+    path = write_json("llavar.json", [row("000000033471.jpg"), row("100000000012.jpg")])
+    report, built, result = run("llavar", [path])
+    assert [r["images"] for r in built] == [["finetune/100000000012.jpg"]]
+    assert report["dropped"] == {"part_of_llava_instruct": 1}
+    assert report["commercial_use"] is False
+    assert result.manifest["licenses"] == ["CC-BY-NC-4.0"]
+
+
+@pytest.fixture
+def released_311k(root, picture):
+    def label(folder, language, stem, content):
+        path = root / folder / f"labels{language}" / f"{stem}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+    multi, single = "llava_instruction_multi_conversations_formate", "llava_details-minigpt4"
+    for number, folder in enumerate((multi, single)):
+        picture(root / folder / "images" / "00000001.jpg", number)
+    turns = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "A bus."},
+        {"role": "user", "content": "Colour?"},
+        {"role": "assistant", "content": "Red."},
+    ]
+    label(multi, "_en", "00000001", {"conversations": turns})
+    label(
+        multi,
+        "_zh",
+        "00000001",
+        {
+            "conversations": [
+                {"role": "user", "content": "这是什么?"},
+                {"role": "assistant", "content": "一辆公共汽车。"},
+            ]
+        },
+    )
+    label(multi, "_en", "00000002", {"conversations": turns})
+    label(single, "", "00000001", {"captions": [{"role": "caption", "content": "A photograph."}]})
+    label(single, "", "00000003", {"captions": []})
+    return root
+
+
+def test_cogvlm_311k(released_311k, run):
+    report, built, _ = run("cogvlm_sft_311k", [released_311k])
+    found = {(r["meta"]["orig_file"], r["meta"]["orig_id"]): r for r in built}
+    multi = "llava_instruction_multi_conversations_formate"
+    english = found[f"{multi}/labels_en", "00000001"]
+    assert english["images"] == [f"{multi}/images/00000001.jpg"]
+    assert [m["content"] for m in english["messages"]] == [
+        "<image>\nWhat is it?", "A bus.", "Colour?", "Red."]  # fmt: skip
+    assert found[f"{multi}/labels_zh", "00000001"]["meta"]["language"] == "zh"
+    caption = found["llava_details-minigpt4/labels", "00000001"]
+    assert caption["messages"][1]["content"] == "A photograph."
+    assert caption["messages"][0]["content"].startswith("<image>\n")
+    assert report["dropped"] == {"image_missing": 1, "turns_missing": 1}
+    assert report["read"] == 5 and len(built) == 3
+
+
+def test_cogvlm_311k_in_one_language(released_311k, run):
+    report, built, _ = run("cogvlm_sft_311k", [released_311k], languages=["zh"])
+    assert [r["messages"][1]["content"] for r in built] == ["一辆公共汽车。"]
+    assert report["dropped"]["language_en_not_wanted"] == 3
+
+
+def test_cogvlm_311k_broken_label(released_311k, run, tmp_path):
+    path = next(released_311k.glob("*/labels_zh/*.json"))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(DataError, match=r"00000001.json: not valid JSON at byte \d+ of 20"):
+        run("cogvlm_sft_311k", [released_311k])
+    with pytest.raises(DataError, match="holds no labels"):
+        run("cogvlm_sft_311k", [tmp_path / "pictures" / "llava_details-minigpt4" / "images"])
