@@ -109,8 +109,9 @@ def _data_build(arguments: argparse.Namespace) -> int:
 def _data_verify(arguments: argparse.Namespace) -> int:
     from data_builders.manifest import verify
 
-    print(verify(arguments.build, arguments.images).summary())
-    return 0
+    report = verify(arguments.build, arguments.images)
+    print(report.summary())
+    return 0 if report.ok else 1
 
 
 def _data_export(arguments: argparse.Namespace) -> int:

@@ -84,7 +84,7 @@ class Sizes:
 
     digit_copies: int = 4
     signs: int = 9_000
-    shapes: int = 8_000
+    shapes: int = 4_000
     photo_crops: int = 24
 
 

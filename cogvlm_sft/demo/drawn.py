@@ -116,7 +116,7 @@ def random_shapes(rng: random.Random, count: int) -> tuple[Shape, ...]:
     while True:
         shapes: list[Shape] = []
         for _ in range(40):
-            cells = rng.choice((1, 2))
+            cells = 1
             candidate = Shape(
                 color=rng.choice(tuple(COLORS)),
                 kind=rng.choice(SHAPES),

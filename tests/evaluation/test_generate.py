@@ -87,15 +87,11 @@ def _build(tmp_path: Path, answers: list[str]) -> Path:
 
 def test_score_is_the_share_of_right_answers(tiny: Tiny, tmp_path: Path) -> None:
     build = _build(tmp_path, ["never this"] * 4)
-    requests = [
-        Request((tmp_path / f"{n}.png",), "What digit is this?", "chat") for n in range(4)
-    ]
+    requests = [Request((tmp_path / f"{n}.png",), "What digit is this?", "chat") for n in range(4)]
     own = generate_answers(*tiny, requests, max_new_tokens=find_task("exact_match").max_new_tokens)
     build = _build(tmp_path, [own[0], "never this", own[2], "nor this"])
     predictions = tmp_path / "predictions.jsonl"
-    report = evaluate_model(
-        *tiny, build, tmp_path, "exact_match", batch_size=3, output=predictions
-    )
+    report = evaluate_model(*tiny, build, tmp_path, "exact_match", batch_size=3, output=predictions)
     assert (report["accuracy"], report["count"]) == (0.5, 4)
     rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
     assert [row["right"] for row in rows] == [True, False, True, False]
