@@ -2,9 +2,9 @@
 
 It is trained on the demo's training texts and saved as `tokenizer.model` with the two JSON files
 that transformers reads, with unk, bos, eos 0, 1, 2 and `<unk>` as the pad, as Vicuna has it.
-Notable choices: digits are single pieces, as in LLaMA, but for the five coordinates of the grid of
-shapes, which are pieces of their own, so that a box is four choices and not twelve; the capitals of
-signs are given to the trainer one by one, so that no piece spans two and an unseen word is spelled.
+Notable choices: the characters of signs are given to the trainer one by one, so that
+no piece spans two and an unseen word is spelled; the coordinates of the grid, which come in threes
+and often, become pieces of their own, so that a box is four choices and not twelve.
 """
 
 import io
@@ -16,8 +16,6 @@ from pathlib import Path
 import sentencepiece
 
 VOCABULARY = 512
-# Thousandths of the grid that the demo's shapes stand on.
-COORDINATES = ("000", "250", "500", "750", "999")
 # Vicuna's, which is LLaMA's with a pad; `legacy` keeps the released model's handling of spaces.
 _CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
@@ -53,12 +51,11 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocabulary: int = VOCABULAR
         vocab_size=vocabulary,
         hard_vocab_limit=False,
         byte_fallback=True,
-        split_digits=True,
+        split_digits=False,
         character_coverage=1.0,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
-        user_defined_symbols=list(COORDINATES),
         unk_id=0,
         bos_id=1,
         eos_id=2,
@@ -73,5 +70,5 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocabulary: int = VOCABULAR
 
 
 def spelled(text: str) -> str:
-    """The text with spaces between the capitals of a sign, so that the trainer merges none."""
-    return re.sub(r"\b[A-Z]{2,}\b", lambda match: " ".join(match[0]), text)
+    """The text with spaces between the characters of a sign, so that the trainer merges none."""
+    return re.sub(r"\b[A-Z0-9]{2}\b", lambda match: " ".join(match[0]), text)
