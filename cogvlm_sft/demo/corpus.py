@@ -45,7 +45,7 @@ _WORD_LINE = (
 )
 WORDS = tuple(_WORD_LINE.split())
 
-_BOARD, _CHALK = (116, 116, 110), 250
+_BOARD, _CHALK = (0, 0, 0), 255
 
 # File of the package, what the picture shows, and one more true question about it.
 _PHOTOS = (

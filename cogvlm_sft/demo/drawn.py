@@ -4,9 +4,9 @@ Pictures are drawn with Pillow and its built-in font, so that nothing is downloa
 exact. Notable choices: a sign holds one or two capitals or digits, each in a slot of one patch's
 width with jitter, so that reading an unseen word means reading its letters; shapes stand on a grid
 of four cells, so that a model of two million parameters can learn their corners in minutes; the
-paper is mid-grey, which is zero after CLIP's normalisation, so that what is drawn stands out from
-the first step. Every draw comes from a `random.Random` that the caller seeds: the same seed gives
-the same bytes.
+paper is dark and the ink light, since at full contrast the same model learns several times faster
+than on grey. Every draw comes from a `random.Random` that the caller seeds: the same seed gives the
+same bytes.
 """
 
 import math
@@ -30,7 +30,7 @@ COLORS = {
     "purple": (130, 40, 170),
     "orange": (250, 130, 20),
 }
-_PAPERS = ((120, 116, 104), (100, 110, 125), (135, 120, 110))
+_PAPERS = ((0, 0, 0), (14, 12, 24), (24, 14, 10))
 _INKS = ((250, 250, 250), (255, 240, 150), (200, 255, 255))
 
 
@@ -136,7 +136,7 @@ def draw_shapes(shapes: tuple[Shape, ...], rng: random.Random) -> Image.Image:
     Returns:
         RGB picture, `PICTURE_SIZE` square.
     """
-    paper = _vary((120, 116, 104), 10, rng)
+    paper = _vary((8, 8, 8), 8, rng)
     picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), paper)
     draw = ImageDraw.Draw(picture)
     for shape in shapes:

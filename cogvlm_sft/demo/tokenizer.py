@@ -10,6 +10,7 @@ and often, become pieces of their own, so that a box is four choices and not twe
 import io
 import json
 import re
+import string
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocabulary: int = VOCABULAR
         byte_fallback=True,
         split_digits=False,
         character_coverage=1.0,
+        required_chars=string.ascii_uppercase + string.digits,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
@@ -70,5 +72,8 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocabulary: int = VOCABULAR
 
 
 def spelled(text: str) -> str:
-    """The text with spaces between the characters of a sign, so that the trainer merges none."""
-    return re.sub(r"\b[A-Z0-9]{2}\b", lambda match: " ".join(match[0]), text)
+    """The text without a sign's characters, which are required pieces: the trainer merges none.
+
+    Not even with the space before them: a letter is the same piece in each place of a word.
+    """
+    return re.sub(r"\b[A-Z0-9]{1,2}\b", "", text)
