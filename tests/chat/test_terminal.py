@@ -34,7 +34,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("chat")
-    folder = train_tokenizer(["What digit is this? 7 "] * 20, root / "tokenizer", vocabulary=290)
+    folder = train_tokenizer(["What digit is this? 7 "] * 20, root / "tokenizer", vocabulary=330)
     model = build_model(CONFIG)
     return save_checkpoint(model, build_processor(model.config, folder), root / "model")
 
