@@ -12,7 +12,7 @@ from cogvlm_sft.demo.tokenizer import train_tokenizer
 from cogvlm_sft.errors import CheckpointError, DataError
 
 CONFIG = {
-    "vocab_size": 300,
+    "vocab_size": 330,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 1,
