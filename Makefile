@@ -5,7 +5,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Threads that spin while they wait starve the second core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test test-fast lint clean
+.PHONY: setup browser demo test test-fast lint clean
 
 setup: .venv/.installed
 
@@ -13,6 +13,14 @@ setup: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
+
+# The tests of what a person sees (a build's report, the chat page) look at it in Chromium.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	  command -v google-chrome >/dev/null || \
+	  { run=; [ "$$(id -u)" = 0 ] || run=sudo; \
+	    $$run apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive $$run apt-get install -y -qq --no-install-recommends chromium; }
 
 demo: setup
 	$(BIN)/python -m cogvlm_sft.demo.run
