@@ -25,22 +25,22 @@ from cogvlm_sft.data.mixture import ConversationDataset
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import snapshots
+from cogvlm_sft.training.arguments import training_arguments
 from cogvlm_sft.training.preflight import (
     RECIPE_FILE,
     check_output,
     check_ready,
     processor_for,
 )
+from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped
 from cogvlm_sft.training.telemetry import (
     LogWindows,
     MetricsFile,
     Progress,
-    StopOnSignal,
-    TrainingStopped,
     plot_loss,
     read_metrics,
 )
-from cogvlm_sft.training.trainer import CogVLMTrainer, training_arguments
+from cogvlm_sft.training.trainer import CogVLMTrainer
 from cogvlm_sft.tune.groups import group_table, set_trainable, summarize_groups
 
 METRICS_FILE = "metrics.jsonl"

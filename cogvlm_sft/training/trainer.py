@@ -10,7 +10,6 @@ a fused head; the patch hands every call without `fused_lm_head` to the class's 
 """
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,8 +27,8 @@ from trl import SFTConfig, SFTTrainer
 
 from cogvlm_sft.errors import CheckpointError, RecipeError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
-from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import snapshots
+from cogvlm_sft.training.optimization import hold_trainable_in_fp32, rate_schedule
 from cogvlm_sft.tune.groups import parameter_groups
 
 # transformers writes its arguments as a pickle beside the weights; the recipe says the same.
@@ -325,72 +324,3 @@ class CogVLMTrainer(SFTTrainer):
             raise CheckpointError(
                 f"{checkpoint}: its optimizer has the groups {loaded}, this run has {names}"
             )
-
-
-def rate_schedule(kind: str, warmup: int, total: int) -> Callable[[int], float]:
-    """Factor on every group's rate at a step (from 0): warm-up, then cosine to 0 or constant."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if kind != "cosine":
-            return 1.0
-        done = (step - warmup) / max(1, total - warmup)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-
-    return factor
-
-
-def hold_trainable_in_fp32(model: nn.Module) -> None:
-    """Cast what learns to fp32, in place.
-
-    At lr 1e-5 an AdamW update is below half a bf16 step for most weights: held in bf16, about one
-    entry in ten moves in 20 steps. Frozen weights keep their dtype; autocast does the products.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
-    """The recipe's `train` section in TRL's words."""
-    train = recipe.train
-    cuda = torch.cuda.is_available()
-    return SFTConfig(
-        output_dir=os.fspath(train.output),
-        max_steps=train.iterations,
-        per_device_train_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=recipe.accumulation_steps(world_size),
-        learning_rate=train.learning_rate,
-        lr_scheduler_type="cosine" if train.schedule == "cosine" else "constant_with_warmup",
-        warmup_steps=train.warmup_iterations,
-        weight_decay=train.weight_decay,
-        adam_beta1=train.betas[0],
-        adam_beta2=train.betas[1],
-        adam_epsilon=train.epsilon,
-        max_grad_norm=train.max_grad_norm or 0.0,
-        seed=train.seed,
-        data_seed=train.seed,
-        save_strategy="steps",
-        save_steps=train.save_every,
-        logging_steps=train.log_every,
-        logging_first_step=True,
-        # A loss that is not a number must be seen, not replaced by an average.
-        logging_nan_inf_filter=False,
-        report_to=train.report_to,
-        bf16=recipe.model.dtype == "bfloat16",
-        use_cpu=not cuda,
-        dataloader_num_workers=recipe.data.workers,
-        dataloader_pin_memory=cuda,
-        per_device_eval_batch_size=recipe.evaluate.batch_size if recipe.evaluate else 8,
-        eval_strategy="steps" if recipe.evaluate else "no",
-        eval_steps=recipe.evaluate.every if recipe.evaluate else None,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        activation_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing=None,
-        # Every part runs for every batch, also one without images (design of the model).
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-    )

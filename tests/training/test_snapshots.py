@@ -15,7 +15,8 @@ from cogvlm_sft import CheckpointError, Recipe, RecipeError, train
 from cogvlm_sft.checkpoint.load import build_model
 from cogvlm_sft.data import mixture
 from cogvlm_sft.training import snapshots
-from cogvlm_sft.training.telemetry import StopOnSignal, TrainingStopped, read_metrics
+from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped
+from cogvlm_sft.training.telemetry import read_metrics
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from cogvlm_sft import CogVLMForCausalLM, Recipe, RecipeError, train
+from cogvlm_sft.training.optimization import hold_trainable_in_fp32, rate_schedule
 from cogvlm_sft.training.telemetry import read_metrics
-from cogvlm_sft.training.trainer import GlobalBatchSampler, hold_trainable_in_fp32, rate_schedule
+from cogvlm_sft.training.trainer import GlobalBatchSampler
 from cogvlm_sft.tune import group_of, set_trainable
 
 MakeRecipe = Callable[..., Recipe]

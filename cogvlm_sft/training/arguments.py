@@ -1,0 +1,52 @@
+"""The recipe's `train` section in TRL's words; the only place that knows both vocabularies."""
+
+import os
+
+import torch
+from trl import SFTConfig
+
+from cogvlm_sft.recipe import Recipe
+
+
+def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
+    """The recipe's `train` section in TRL's words."""
+    train = recipe.train
+    cuda = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=os.fspath(train.output),
+        max_steps=train.iterations,
+        per_device_train_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=recipe.accumulation_steps(world_size),
+        learning_rate=train.learning_rate,
+        lr_scheduler_type="cosine" if train.schedule == "cosine" else "constant_with_warmup",
+        warmup_steps=train.warmup_iterations,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.betas[0],
+        adam_beta2=train.betas[1],
+        adam_epsilon=train.epsilon,
+        max_grad_norm=train.max_grad_norm or 0.0,
+        seed=train.seed,
+        data_seed=train.seed,
+        save_strategy="steps",
+        save_steps=train.save_every,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        # A loss that is not a number must be seen, not replaced by an average.
+        logging_nan_inf_filter=False,
+        report_to=train.report_to,
+        bf16=recipe.model.dtype == "bfloat16",
+        use_cpu=not cuda,
+        dataloader_num_workers=recipe.data.workers,
+        dataloader_pin_memory=cuda,
+        per_device_eval_batch_size=recipe.evaluate.batch_size if recipe.evaluate else 8,
+        eval_strategy="steps" if recipe.evaluate else "no",
+        eval_steps=recipe.evaluate.every if recipe.evaluate else None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        activation_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing=None,
+        # Every part runs for every batch, also one without images (design of the model).
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+    )

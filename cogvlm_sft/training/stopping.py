@@ -1,0 +1,79 @@
+"""Ending a run early without losing it.
+
+A run that is told to stop (SIGTERM from a scheduler, SIGINT from a keyboard) finishes its step,
+writes a snapshot and ends with 128 + the signal's number, as a shell would say it; a second signal
+ends it at once.
+"""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class TrainingStopped(SystemExit):
+    """A run was stopped by a signal after it saved a snapshot; exits with 128 + the signal."""
+
+    def __init__(self, signal_number: int, step: int, snapshot: Path) -> None:
+        """`step` is the last one that was trained, `snapshot` where the run goes on from."""
+        super().__init__(128 + signal_number)
+        self.signal_number, self.step, self.snapshot = signal_number, step, snapshot
+
+
+class StopOnSignal(TrainerCallback):
+    """Turns SIGTERM and SIGINT into: finish the step, save, stop.
+
+    transformers' own handling saves, trains one step more and returns as if the run were complete;
+    with several processes each acts on its own clock. Here the processes agree after every step.
+    """
+
+    def __init__(self) -> None:
+        """Handlers are installed from the start of training to its end."""
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Install the handlers; Python allows it in the main thread only."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.restore()
+        print(
+            f"\n{signal.Signals(number).name}: saving a snapshot after this step, then stopping",
+            file=sys.stderr,
+        )
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """All processes stop at the same step, or none."""
+        if distributed.is_available() and distributed.is_initialized():
+            flag = torch.tensor(self.received or 0, device=args.device)
+            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+            self.received = int(flag.item()) or None
+        if self.received is not None:
+            control.should_save = control.should_log = True
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Training is over, finished or stopped."""
+        self.restore()
