@@ -12,6 +12,15 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+# What the bar shows of a log besides loss and rate, in this order.
+_SPEEDS = {
+    "conversations_per_second": ("conv/s", "{:.1f}"),
+    "supervised_tokens_per_second": ("supervised tok/s", "{:,.0f}"),
+    "image_tokens_per_second": ("image tok/s", "{:,.0f}"),
+    "mfu": ("MFU", "{:.1%}"),
+    "memory_gib": ("GiB", "{:.1f}"),
+}
+
 
 class LogWindows(TrainerCallback):
     """Logs at every snapshot and at the last step too, so that resuming never splits a mean."""
@@ -25,7 +34,7 @@ class LogWindows(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One bar on stderr: steps, time left, rate, and the latest loss."""
+    """One bar on stderr: steps, time left, loss, rate, and the speeds of the last log."""
 
     def __init__(self) -> None:
         """The bar is opened when training begins."""
@@ -68,8 +77,9 @@ class Progress(TrainerCallback):
         shown = {}
         if "loss" in logs:
             shown = {"loss": f"{logs['loss']:.4f}", "rate": f"{logs['learning_rate']:.2e}"}
-            if "conversations_per_second" in logs:
-                shown["conversations/s"] = f"{logs['conversations_per_second']:.1f}"
+            for key, (label, form) in _SPEEDS.items():
+                if key in logs:
+                    shown[label] = form.format(logs[key])
         elif "eval_loss" in logs:
             shown = {"held-out loss": f"{logs['eval_loss']:.4f}"}
         if shown:

@@ -11,7 +11,6 @@ a fused head; the patch hands every call without `fused_lm_head` to the class's 
 
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from cogvlm_sft.errors import CheckpointError, RecipeError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.optimization import hold_trainable_in_fp32, rate_schedule
+from cogvlm_sft.training.throughput import Throughput, peak_flops, trained_matrices
 from cogvlm_sft.tune.groups import parameter_groups
 
 # transformers writes its arguments as a pickle beside the weights; the recipe says the same.
@@ -115,8 +115,13 @@ class CogVLMTrainer(SFTTrainer):
         self._loss_shifts_labels = True
         self._saving_into: Path | None = None
         self._rates_of_step: dict[str, float] = {}
-        self._last_log = (time.monotonic(), 0)
         hold_trainable_in_fp32(model)
+        self.throughput = Throughput(
+            model.config,
+            trained_matrices(model),
+            peak_flops(self.args.device),
+            self.accelerator.num_processes,
+        )
 
     def _send_telemetry(self) -> None:
         """TRL reports each run to its authors; we do not."""
@@ -248,18 +253,23 @@ class CogVLMTrainer(SFTTrainer):
                     "lengthen train.warmup_iterations, and start from the last snapshot"
                 )
             logs |= {f"lr/{group}": rate for group, rate in self._rates_of_step.items()}
-            now, step = time.monotonic(), self.state.global_step
-            then, previous = self._last_log
-            per_step = self.get_total_train_batch_size(self.args)
-            if step > previous:
-                logs["conversations_per_second"] = (step - previous) * per_step / (now - then)
-            self._last_log = (now, step)
+            logs |= self.throughput.window(
+                self.state.global_step,
+                self.get_total_train_batch_size(self.args),
+                self.accelerator.reduce,
+            )
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; the clock of the first speed figure starts here."""
-        self._last_log = (time.monotonic(), 0)
-        return super().train(*args, **kwargs)
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """As Trainer's; the batch is counted for the speed figures."""
+        self.throughput.count(inputs, self.state.global_step)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self._saving_into or super()._get_output_dir(trial))
