@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CogVLMSFTError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output went away (`| head`); say nothing more.
@@ -101,7 +101,8 @@ def _data_sources(arguments: argparse.Namespace) -> int:
 def _data_build(arguments: argparse.Namespace) -> int:
     from data_builders.build import build
 
-    result = build(arguments.recipe, arguments.overrides)
+    engine = [f"engine={arguments.engine}"] if arguments.engine else []
+    result = build(arguments.recipe, [*arguments.overrides, *engine])
     print(result.summary())
     return 0
 
@@ -269,6 +270,9 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "cogvlm-sft data build recipes/data/chat_500k.yaml out=data/chat",
     )
     _recipe_arguments(build)
+    build.add_argument(
+        "--engine", choices=("local", "ray"), help="where records and pictures are worked on"
+    )
 
     verify = _add(
         kinds,

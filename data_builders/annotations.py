@@ -44,6 +44,7 @@ class Batch:
     start: int
     records: list[Any]
     raw: bytes | None = None
+    size: int = 0
 
 
 def require_file(path: Path, what: str = "annotation file") -> Path:
@@ -137,7 +138,7 @@ def _is_lines(path: Path, stream: BinaryIO, offset: int) -> bool:
 
 def _lines(path: Path, stream: BinaryIO, offset: int) -> Iterator[Batch]:
     records: list[Any] = []
-    start = index = 0
+    start = index = begin = 0
     for number, line in enumerate(stream, start=1):
         if line.strip():
             try:
@@ -150,10 +151,10 @@ def _lines(path: Path, stream: BinaryIO, offset: int) -> Iterator[Batch]:
             index += 1
         offset += len(line)
         if len(records) == ROWS:
-            yield Batch(path.name, start, records)
-            records, start = [], index
+            yield Batch(path.name, start, records, size=offset - begin)
+            records, start, begin = [], index, offset
     if records:
-        yield Batch(path.name, start, records)
+        yield Batch(path.name, start, records, size=offset - begin)
 
 
 def _wrapped(path: Path, wrappers: tuple[str, ...]) -> Iterator[Batch]:

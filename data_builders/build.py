@@ -1,39 +1,45 @@
 """Runs a build recipe: read, normalise, find and check pictures, deduplicate, mix, write.
 
-The build grows in a hidden folder beside its destination and takes its place in one rename when it
-is complete, so an earlier build stays whole whatever happens. Records are processed in worker
-processes by a pure function and taken in order; pictures are decoded in threads. The result depends
-on inputs, recipe and seed only.
+The build grows in a work folder beside its destination and takes its place in one rename, so an
+earlier build stays whole whatever happens, and a killed one goes on where it stopped. Work on
+records and pictures is done by pure stages in other processes and taken in order: the result
+depends on inputs, recipe and seed only.
 """
 
 import errno
 import hashlib
 import os
-import shutil
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 
-from cogvlm_sft.errors import DataError, RecipeError
-from data_builders.annotations import Batch
+from cogvlm_sft.errors import CogVLMSFTError, DataError, RecipeError
+from data_builders.archives import is_archive, resolve
 from data_builders.decontaminate import overlap
 from data_builders.deduplicate import drop_exact, drop_near
-from data_builders.images import ImageFacts, ImageFinder, ImageLimits, check_images
-from data_builders.manifest import input_facts, make_manifest
+from data_builders.engine import WorkerDied
+from data_builders.image_check import ImageFacts, ImageLimits
+from data_builders.images import ImageFinder
+from data_builders.manifest import input_facts, make_manifest, versions
 from data_builders.mix import Ledger
-from data_builders.recipe import BuildRecipe, load_recipe
+from data_builders.picture_shards import check_images
+from data_builders.progress import progress
+from data_builders.recipe import BuildRecipe, SourceEntry, load_recipe
+from data_builders.record_shards import process_sources
 from data_builders.report import write_report
-from data_builders.source import Processed, RecordStage, Source, load_source
+from data_builders.source import Source, load_source
+from data_builders.workfolder import WorkFolder, work_folder
 
-PARALLEL_FROM = 48 << 20
-_stage: RecordStage | None = None
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class BuildInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a build; the message says how to go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,8 @@ class BuildResult:
         read: Raw records read.
         dropped: Raw records dropped.
         manifest: Content of `manifest.json`.
+        kept_shards: Shards of work that an interrupted run had finished.
+        redone_shards: Shards of work that it had begun and lost.
     """
 
     out: Path
@@ -53,6 +61,8 @@ class BuildResult:
     read: int
     dropped: int
     manifest: dict[str, Any]
+    kept_shards: int
+    redone_shards: int
 
     def summary(self) -> str:
         """A table of the sources and of what was dropped."""
@@ -64,7 +74,13 @@ class BuildResult:
                 f"{row['conversations']:>10,}"
             )
             lines += [f"  dropped {n:>7,}  {reason}" for reason, n in row["dropped"].items()]
+        if self.kept_shards:
+            lines.append(
+                f"went on with an interrupted build: {self.kept_shards} shards of work were done, "
+                f"{self.redone_shards} done again"
+            )
         lines.append(f"{self.conversations:,} conversations in {self.out}")
+        lines.append(f"look at {self.out / 'report.html'}")
         return "\n".join(lines)
 
 
@@ -77,7 +93,8 @@ def build(recipe_path: str | Path, overrides: Sequence[str] = ()) -> BuildResult
 
     Raises:
         RecipeError: The recipe is wrong.
-        DataError: A file is missing or broken, or nothing is left to write.
+        DataError: A file is missing or broken, the disk is full, or nothing is left to write.
+        BuildInterrupted: Ctrl-C; building again goes on.
     """
     return build_recipe(load_recipe(recipe_path, overrides))
 
@@ -85,50 +102,66 @@ def build(recipe_path: str | Path, overrides: Sequence[str] = ()) -> BuildResult
 def build_recipe(recipe: BuildRecipe) -> BuildResult:
     """Builds a parsed recipe; see `build`."""
     out = recipe.out
-    if out.exists() and not _replaceable(out):
+    if not out.name or (out.exists() and not _replaceable(out)):
         raise DataError(
             f"{out}: exists and is not a build folder (no manifest.json); choose another `out`"
         )
-    staging = out.with_name(f".{out.name}.building")
-    shutil.rmtree(staging, ignore_errors=True)
     try:
-        staging.mkdir(parents=True)
-        manifest = _build_into(staging, recipe)
-        _replace(staging, out)
+        with work_folder(out) as work:
+            return _guarded(recipe, work)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"{out}: the disk is full; free some space and build again (a build needs about "
-                "twice the size of its annotation files). An earlier build there is untouched"
-            ) from None
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
             raise DataError(f"{error.filename}: {error.strerror}; cannot build here") from None
+        if error.errno in _FULL:
+            raise _disk_full(out) from None
         raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _guarded(recipe: BuildRecipe, work: WorkFolder) -> BuildResult:
+    """Builds; whatever ends it early leaves a work folder to go on with, except a mistake."""
+    out = recipe.out
+    try:
+        manifest = _build_into(work, recipe)
+        work.release(out)
+    except KeyboardInterrupt:
+        raise BuildInterrupted(
+            f"interrupted; what is done is kept in {work.path}. Build again with the same recipe "
+            "to go on, or delete that folder"
+        ) from None
+    except WorkerDied:
+        raise
+    except CogVLMSFTError:
+        work.remove()
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _disk_full(out) from None
+        raise
     totals = manifest["totals"]
-    return BuildResult(out, totals["conversations"], totals["read"], totals["dropped"], manifest)
+    return BuildResult(
+        out, totals["conversations"], totals["read"], totals["dropped"], manifest,
+        work.kept, work.redone,
+    )  # fmt: skip
+
+
+def _disk_full(out: Path) -> DataError:
+    return DataError(
+        f"{out}: the disk is full; free some space and build again, which goes on where it stopped "
+        "(a build needs about twice the size of its annotation files). An earlier build there is "
+        "untouched"
+    )
 
 
 def _replaceable(out: Path) -> bool:
     return out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))
 
 
-def _replace(staging: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.rename(out, old)
-    os.rename(staging, out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _image_root(recipe: BuildRecipe) -> Path:
+def _image_root(recipe: BuildRecipe, entries: list[SourceEntry]) -> Path:
     if recipe.image_root is not None:
         if recipe.images.check and not recipe.image_root.is_dir():
             raise DataError(f"image_root {recipe.image_root} is not a folder; check the path")
         return recipe.image_root
-    folders = [str(folder) for entry in recipe.sources for folder in entry.images]
+    folders = [str(folder) for entry in entries for folder in entry.images]
     if not folders:
         return Path()
     if len(set(folders)) == 1:
@@ -136,30 +169,31 @@ def _image_root(recipe: BuildRecipe) -> Path:
     return Path(os.path.relpath(os.path.commonpath([os.path.abspath(f) for f in folders])))
 
 
-def _build_into(staging: Path, recipe: BuildRecipe) -> dict[str, Any]:
-    root = _image_root(recipe)
-    sources = [load_source(entry.source)(entry) for entry in recipe.sources]
+def _build_into(work: WorkFolder, recipe: BuildRecipe) -> dict[str, Any]:
+    """Makes the build in `work.path / "build"`; returns its manifest."""
+    _check_together(recipe)
+    entries, refused = _unpacked(recipe)
+    root = _image_root(recipe, entries)
+    sources = [load_source(entry.source)(entry) for entry in entries]
     inputs = [facts for source in sources for facts in _inputs(source)]
-    ledger = Ledger(staging / "spill.bin", [source.entry.name for source in sources])
+    finders = [ImageFinder(root, entry.images, recipe.images.check) for entry in entries]
+    content = recipe.model_dump(mode="json", exclude={"workers", "out", "engine"})
+    for entry in content["sources"]:  # an order that means nothing leaves no trace
+        entry["annotations"].sort()
+    work.begin(_fingerprint(recipe, content, root, inputs, finders))
+    ledger = Ledger(work.path / "spill.bin", [entry.name for entry in entries])
     try:
-        for source in sources:
-            finder = ImageFinder(root, source.entry.images, recipe.images.check)
-            for part in _process(source, finder, recipe):
-                ledger.add(source.entry.name, part)
+        process_sources(sources, finders, recipe, ledger, work)
         ledger.seal()
         if recipe.deduplicate.text:
             drop_exact(ledger)
-        facts = _look_at_pictures(ledger, recipe, root)
+        facts = _look_at_pictures(ledger, recipe, root, work)
         hashes = {n: f.phash for n, f in facts.items() if f.phash is not None}
         twins: list[tuple[int, int]] = []
         if recipe.deduplicate.near is not None:
             twins = drop_near(ledger, hashes, recipe.deduplicate.near)
-        held_out = _decontaminate(ledger, recipe, hashes)
-        records, copies = ledger.order(
-            {entry.name: entry.weight for entry in recipe.sources},
-            {entry.name: entry.max for entry in recipe.sources},
-            recipe.seed,
-        )
+        held_out = _decontaminate(ledger, recipe, hashes, work)
+        records, copies = ledger.order(entries, recipe.seed)
         if not len(records):
             drops = sum((ledger.drops[name] for name in ledger.sources), Counter())
             why = ", ".join(f"{n:,} {reason}" for reason, n in drops.most_common(5))
@@ -167,9 +201,10 @@ def _build_into(staging: Path, recipe: BuildRecipe) -> dict[str, Any]:
                 f"no conversation is left of {sum(ledger.read.values()):,} records read"
                 + (f" (dropped: {why})" if why else "; are the annotation files empty?")
             )
-        files = _write(staging, ledger, records, copies, recipe.shard_size)
+        staging = work.path / "build"
+        staging.mkdir(exist_ok=True)
         manifest = make_manifest(
-            recipe=recipe.model_dump(mode="json", exclude={"workers", "out"}),
+            recipe=content,
             image_root=root.as_posix(),
             seed=recipe.seed,
             inputs=inputs,
@@ -178,15 +213,48 @@ def _build_into(staging: Path, recipe: BuildRecipe) -> dict[str, Any]:
             written=_written(ledger, records),
             pictures=_picture_counts(ledger, facts),
             held_out=held_out,
-            files=files,
+            refused=refused,
+            files=_write(work, staging, ledger, records, copies, recipe.shard_size),
         )
         text = orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
         (staging / "manifest.json").write_bytes(text)
-        write_report(staging / "report.html", manifest, ledger, records, facts, twins, root)
+        write_report(
+            staging / "report.html", manifest, ledger, records, facts, twins, root, recipe.tokenizer
+        )
     finally:
         ledger.close()
-        (staging / "spill.bin").unlink(missing_ok=True)
     return manifest
+
+
+def _check_together(recipe: BuildRecipe) -> None:
+    """Settings that need each other, before anything is read."""
+    compared = (
+        ("deduplicate.near", recipe.deduplicate.near is not None),
+        ("decontaminate.against", any(p.is_dir() for p in recipe.decontaminate.against)),
+    )
+    for key, given in compared:
+        if given and not recipe.images.check:
+            raise RecipeError(f"{key} compares pictures; it needs images.check: true")
+
+
+def _unpacked(recipe: BuildRecipe) -> tuple[list[SourceEntry], dict[str, list[str]]]:
+    """The sources with folders and files in place of archives, and the members refused."""
+    entries: list[SourceEntry] = []
+    refused: dict[str, list[str]] = {}
+    for entry in recipe.sources:
+        images, bad = resolve(entry.images, folder=True)
+        annotations, worse = resolve(entry.annotations, load_source(entry.source).reads_folders)
+        changed: dict[str, Any] = {"images": images, "annotations": annotations}
+        refused |= bad | worse
+        for key, value in (entry.model_extra or {}).items():
+            listed = value if isinstance(value, list) else [value]
+            paths = [Path(item) for item in listed if isinstance(item, str)]
+            if paths and len(paths) == len(listed) and any(map(is_archive, paths)):
+                files, bad = resolve(paths, folder=False)
+                changed[key] = [str(file) for file in files]
+                refused |= bad
+        entries.append(entry.model_copy(update=changed))
+    return entries, dict(sorted(refused.items()))
 
 
 def _inputs(source: Source) -> list[dict[str, Any]]:
@@ -199,55 +267,30 @@ def _inputs(source: Source) -> list[dict[str, Any]]:
     return input_facts(source)
 
 
-def _process(source: Source, finder: ImageFinder, recipe: BuildRecipe) -> Iterator[Processed]:
-    """Processed batches in order, by workers where the input is large enough to pay for them."""
-    size = sum(path.stat().st_size for path in source.inputs())
-    batches = source.batches(finder)
-    if recipe.workers < 2 or size < PARALLEL_FROM:
-        stage = RecordStage(source, finder, recipe.seed)
-        for batch in batches:
-            batch.raw = None
-            yield stage.run(batch)
-        return
-    with ProcessPoolExecutor(
-        recipe.workers,
-        mp_context=get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(source.entry, finder, recipe.seed),
-    ) as pool:
-        waiting: deque[Future[Processed]] = deque()
-        try:
-            for batch in batches:
-                if batch.raw is not None:
-                    batch.records = []
-                waiting.append(pool.submit(_work, batch))
-                while len(waiting) > 2 * recipe.workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def _fingerprint(
+    recipe: BuildRecipe,
+    content: dict[str, Any],
+    root: Path,
+    inputs: list[dict[str, Any]],
+    finders: list[ImageFinder],
+) -> str:
+    """A hash of all that the finished shards of an interrupted build depend on."""
+    held_out = [
+        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+        for path in recipe.decontaminate.against
+        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        if file.is_file()
+    ]
+    seen = [finder.digest() for finder in finders]
+    facts = [content, os.path.realpath(root), inputs, seen, held_out, versions()]
+    return hashlib.sha256(orjson.dumps(facts)).hexdigest()
 
 
-def _start_worker(entry: Any, finder: ImageFinder, seed: int) -> None:
-    global _stage
-    _stage = RecordStage(load_source(entry.source)(entry), finder, seed)
-
-
-def _work(batch: Batch) -> Processed:
-    assert _stage is not None
-    return _stage.run(batch)
-
-
-def _look_at_pictures(ledger: Ledger, recipe: BuildRecipe, root: Path) -> dict[int, ImageFacts]:
+def _look_at_pictures(
+    ledger: Ledger, recipe: BuildRecipe, root: Path, work: WorkFolder
+) -> dict[int, ImageFacts]:
     """Decodes every picture that is still needed, and drops the records of unusable ones."""
     if not recipe.images.check:
-        for key, given in (
-            ("deduplicate.near", recipe.deduplicate.near is not None),
-            ("decontaminate.against", any(p.is_dir() for p in recipe.decontaminate.against)),
-        ):
-            if given:
-                raise RecipeError(f"{key} compares pictures; it needs images.check: true")
         return {}
     hashed = recipe.deduplicate.near is not None or any(
         path.is_dir() for path in recipe.decontaminate.against
@@ -258,9 +301,11 @@ def _look_at_pictures(ledger: Ledger, recipe: BuildRecipe, root: Path) -> dict[i
     )
     rules = recipe.images
     limits = ImageLimits(rules.min_side, rules.max_aspect, rules.max_pixels)
-    paths = [ledger.pictures[number] for number in needed]
-    facts = dict(zip(needed, check_images(root, paths, limits, recipe.workers, hashed),
-                     strict=True))  # fmt: skip
+    found = check_images(
+        root, [ledger.pictures[number] for number in needed], limits, hashed,
+        recipe.workers, recipe.engine, work,
+    )  # fmt: skip
+    facts = dict(zip(needed, found, strict=True))
     reasons: dict[str, set[int]] = {}
     for number, fact in facts.items():
         if fact.reason is not None:
@@ -270,49 +315,58 @@ def _look_at_pictures(ledger: Ledger, recipe: BuildRecipe, root: Path) -> dict[i
     return facts
 
 
-def _decontaminate(ledger: Ledger, recipe: BuildRecipe, hashes: dict[int, int]) -> dict[str, Any]:
-    rules = recipe.decontaminate
-    for path in rules.against:
-        if not path.exists():
-            raise DataError(f"decontaminate.against: {path} does not exist")
-    found = overlap(ledger, rules.against, hashes, rules.near, recipe.workers)
+def _decontaminate(
+    ledger: Ledger, recipe: BuildRecipe, hashes: dict[int, int], work: WorkFolder
+) -> dict[str, Any]:
     held_out: dict[str, Any] = {}
-    for name, numbers in found.items():
+    for name, numbers in overlap(ledger, recipe, hashes, work).items():
         mask = ledger.with_pictures(numbers) & ledger.alive
         held_out[name] = {
             "pictures": len(numbers),
             "records": int(ledger.columns["units"][mask].sum()),
-            "mode": rules.mode,
+            "mode": recipe.decontaminate.mode,
         }
-        if rules.mode == "drop":
+        if recipe.decontaminate.mode == "drop":
             ledger.drop(mask, "held_out_picture")
     return held_out
 
 
 def _write(
-    folder: Path, ledger: Ledger, records: Any, copies: Any, shard_size: int
+    work: WorkFolder, folder: Path, ledger: Ledger, records: Any, copies: Any, shard_size: int
 ) -> list[dict[str, Any]]:
     shards = max(1, -(-len(records) // shard_size))
     files: list[dict[str, Any]] = []
-    for shard in range(shards):
-        part = slice(shard * shard_size, (shard + 1) * shard_size)
-        path = folder / f"conversations-{shard:05d}-of-{shards:05d}.jsonl"
-        digest = hashlib.sha256()
-        size = 0
-        with path.open("wb", buffering=1 << 20) as stream:
-            for line in ledger.lines(records[part], copies[part]):
-                stream.write(line)
-                digest.update(line)
-                size += len(line)
-        files.append(
-            {
-                "name": path.name,
-                "conversations": len(records[part]),
-                "bytes": size,
-                "sha256": digest.hexdigest(),
-            }
-        )
+    with progress(len(records), "writing", " conversations", scale=True) as bar:
+        for number in range(shards):
+            part = slice(number * shard_size, (number + 1) * shard_size)
+            path = folder / f"conversations-{number:05d}-of-{shards:05d}.jsonl"
+            done = work.load("written", number)
+            if done and path.is_file() and path.stat().st_size == done.facts["bytes"]:
+                files.append(done.facts)
+            else:
+                work.start("written", number)
+                files.append(_write_shard(path, ledger, records[part], copies[part]))
+                work.finish("written", number, files[-1])
+            bar.update(len(records[part]))
     return files
+
+
+def _write_shard(path: Path, ledger: Ledger, records: Any, copies: Any) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    size = 0
+    partial = path.with_suffix(".partial")
+    with partial.open("wb", buffering=1 << 20) as stream:
+        for line in ledger.lines(records, copies):
+            stream.write(line)
+            digest.update(line)
+            size += len(line)
+    os.replace(partial, path)
+    return {
+        "name": path.name,
+        "conversations": len(records),
+        "bytes": size,
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _written(ledger: Ledger, records: Any) -> dict[str, dict[str, int]]:
@@ -328,6 +382,13 @@ def _written(ledger: Ledger, records: Any) -> dict[str, dict[str, int]]:
     return table
 
 
-def _picture_counts(ledger: Ledger, facts: dict[int, ImageFacts]) -> dict[str, int]:
-    kinds = Counter(fact.kind for fact in facts.values() if fact.reason is None)
-    return {"distinct": len(ledger.pictures), "checked": len(facts), **dict(sorted(kinds.items()))}
+def _picture_counts(ledger: Ledger, facts: dict[int, ImageFacts]) -> dict[str, Any]:
+    usable = [fact for fact in facts.values() if fact.reason is None]
+    return {
+        "distinct": len(ledger.pictures),
+        "checked": len(facts),
+        "kinds": dict(sorted(Counter(fact.kind for fact in usable).items())),
+        "converted_when_read": dict(
+            sorted(Counter(odd for fact in usable for odd in fact.oddities).items())
+        ),
+    }

@@ -13,8 +13,12 @@ from typing import Any
 
 from cogvlm_sft.errors import DataError
 from data_builders.annotations import read_records
-from data_builders.images import SUFFIXES, ImageLimits, check_images, picture_key
+from data_builders.image_check import ImageLimits
+from data_builders.images import SUFFIXES, picture_key
 from data_builders.mix import Ledger
+from data_builders.picture_shards import check_images
+from data_builders.recipe import BuildRecipe
+from data_builders.workfolder import WorkFolder
 
 _KEYS = ("image_id", "image", "imageId", "coco_id", "cocoid", "file_name", "filename", "img_path")
 _WRAPPERS = ("images", "data", "questions", "annotations")
@@ -53,20 +57,26 @@ def held_out_ids(path: Path) -> set[str]:
 
 
 def overlap(
-    ledger: Ledger, against: list[Path], hashes: dict[int, int], bits: int, workers: int
+    ledger: Ledger, recipe: BuildRecipe, hashes: dict[int, int], work: WorkFolder
 ) -> dict[str, set[int]]:
     """Picture numbers of the ledger that occur in each held-out set.
 
     Args:
         ledger: The records.
-        against: Lists of ids, or folders of pictures.
+        recipe: Lists of ids and folders of pictures, and how near a hash must be.
         hashes: Perceptual hash of each picture number; needed for folders only.
-        bits: Hamming distance within which two pictures count as the same.
-        workers: Threads.
+        work: Keeps the hashes of held-out pictures.
+
+    Raises:
+        DataError: A list or folder is missing or empty.
     """
+    rules = recipe.decontaminate
     ids = [picture_id(path) for path in ledger.pictures]
+    twins = coco_twins(rules.visual_genome) if rules.visual_genome else {}
     found: dict[str, set[int]] = {}
-    for path in against:
+    for place, path in enumerate(rules.against):
+        if not path.exists():
+            raise DataError(f"decontaminate.against: {path} does not exist")
         if path.is_dir():
             files = sorted(
                 str(file.relative_to(path))
@@ -75,13 +85,42 @@ def overlap(
             )
             if not files:
                 raise DataError(f"{path}: holds no picture to decontaminate against")
-            facts = check_images(path, files, ImageLimits(min_side=1), workers, hashed=True)
+            facts = check_images(
+                path, files, ImageLimits(1, float("inf")), True, recipe.workers, recipe.engine,
+                work, f"heldout{place:02d}", f"held out: {path.name}",
+            )  # fmt: skip
             theirs = [fact.phash for fact in facts if fact.phash is not None]
-            found[str(path)] = _near(hashes, theirs, bits)
+            found[str(path)] = _near(hashes, theirs, rules.near)
         else:
             held = held_out_ids(path)
-            found[str(path)] = {number for number, name in enumerate(ids) if name in held}
+            found[str(path)] = {
+                number for number, name in enumerate(ids) if name in held or twins.get(name) in held
+            }
     return found
+
+
+def coco_twins(path: Path) -> dict[str, str]:
+    """Visual Genome id to COCO id, for the pictures that both collections hold.
+
+    Args:
+        path: Visual Genome's `image_data.json`: objects with `image_id` and `coco_id` or null.
+
+    Raises:
+        DataError: The file is missing or broken, or holds no such object.
+    """
+    twins: dict[str, str] = {}
+    rows = 0
+    for batch in read_records(path, _WRAPPERS):
+        for row in batch.records:
+            if isinstance(row, dict) and "image_id" in row and "coco_id" in row:
+                rows += 1
+                if row["coco_id"] is not None:
+                    twins[picture_id(str(row["image_id"]))] = picture_id(str(row["coco_id"]), True)
+    if not rows:
+        raise DataError(
+            f"{path}: expected Visual Genome's image_data.json, objects with image_id and coco_id"
+        )
+    return twins
 
 
 def _near(ours: dict[int, int], theirs: list[int], bits: int) -> set[int]:

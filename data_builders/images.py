@@ -1,22 +1,18 @@
-"""Finds the file that an annotation means, and proves that it decodes.
+"""Finds the picture file that an annotation means.
 
 Released annotations name pictures loosely: COCO train2017 names for files of the 2014 split, Visual
 Genome ids without saying which of two folders, `.jpg` for what is a GIF or a PNG. `ImageFinder`
 lists the given folders once and answers by path, then by picture id. What it returns is always
 relative to the image root and inside it: `..`, absolute paths and links that lead out are reasons
-to drop, never paths. `check_image` decodes every pixel, because Pillow's `verify` does not see a
-truncated file; threads do, since decoding releases the interpreter lock.
+to drop, never paths. Whether the file is a usable picture is `image_check`'s question.
 """
 
 import os
 import re
-import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
-
-from PIL import Image, UnidentifiedImageError
+from typing import Any
 
 from cogvlm_sft.errors import DataError
 
@@ -39,40 +35,6 @@ SUFFIXES = frozenset(
 )
 _COCO = re.compile(r"^(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})$", re.IGNORECASE)
 _VG_FOLDERS = ("VG_100K", "VG_100K_2")
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
-    """What counts as a usable picture.
-
-    Attributes:
-        min_side: Shortest side in pixels (LLaMA-Factory's Qwen2-VL limit, 28).
-        max_aspect: Longest side over shortest side (200, same source).
-        max_pixels: Above this a picture is taken for a decompression bomb.
-    """
-
-    min_side: int = 28
-    max_aspect: float = 200.0
-    max_pixels: int = 89_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFacts:
-    """What decoding a picture showed.
-
-    Attributes:
-        reason: Why it is unusable; None if it is usable.
-        width: Pixels, after the EXIF rotation.
-        height: Pixels, after the EXIF rotation.
-        kind: Format and mode, such as `JPEG RGB`.
-        phash: 64-bit perceptual hash; None where none was asked for.
-    """
-
-    reason: str | None
-    width: int = 0
-    height: int = 0
-    kind: str = ""
-    phash: int | None = None
 
 
 def picture_key(name: str) -> str:
@@ -121,6 +83,7 @@ class ImageFinder:
         self._by_stem: dict[str, list[str]] = {}
         self._by_key: dict[str, list[str]] = {}
         self._prefix = ""
+        seen = sha256()  # no attribute: a finder is sent to worker processes
         for place, folder in enumerate(folders or [image_root]):
             real = Path(os.path.realpath(folder))
             if not real.is_relative_to(self.root):
@@ -140,8 +103,13 @@ class ImageFinder:
                     )
                 continue
             if must_exist or folders:
-                self._list(real, prefix)
+                self._list(real, prefix, seen)
                 self._listed = True
+        self._digest = seen.hexdigest()
+
+    def digest(self) -> str:
+        """A hash of the names, sizes and times of all pictures found."""
+        return self._digest
 
     def files(self) -> list[str]:
         """All pictures found, relative to the root, sorted."""
@@ -204,9 +172,10 @@ class ImageFinder:
             elif parts[-2] in _VG_FOLDERS:
                 yield [path for path in found if PurePosixPath(path).parent.name in _VG_FOLDERS]
 
-    def _list(self, folder: Path, prefix: str) -> None:
-        for relative in sorted(_walk(folder, self.root)):
+    def _list(self, folder: Path, prefix: str, seen: Any) -> None:
+        for relative, stamp in sorted(_walk(folder, self.root)):
             path = prefix + relative
+            seen.update(f"{path}\0{stamp}\n".encode("utf-8", "surrogateescape"))
             self._by_stem.setdefault(_stem(relative), []).append(path)
             if path not in self._paths:
                 self._paths.add(path)
@@ -243,8 +212,11 @@ def _inside(path: str, root: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(root)
 
 
-def _walk(folder: Path, root: Path) -> Iterator[str]:
-    """Pictures below a folder, relative to it; links that lead out of the root are not followed."""
+def _walk(folder: Path, root: Path) -> Iterator[tuple[str, str]]:
+    """Pictures below a folder, relative to it, with size and time.
+
+    Links that lead out of the root are not followed.
+    """
     pending = [""]
     seen: set[str] = set()
     while pending:
@@ -262,63 +234,6 @@ def _walk(folder: Path, root: Path) -> Iterator[str]:
                     if real not in seen:  # a link may point at its own parent
                         seen.add(real)
                         pending.append(f"{inner}{name}/")
-                elif os.path.splitext(name)[1].lower() in SUFFIXES:
-                    yield inner + name
-
-
-def check_image(path: Path, limits: ImageLimits, hashed: bool = False) -> ImageFacts:
-    """Decodes a picture fully.
-
-    Args:
-        path: The file.
-        limits: What counts as usable.
-        hashed: Whether to compute the perceptual hash.
-    """
-    try:
-        if path.stat().st_size == 0:
-            return ImageFacts("image_empty_file")
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height > limits.max_pixels:
-                return ImageFacts("image_too_large", width, height)
-            image.load()
-            kind = f"{image.format} {image.mode}"
-            if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
-                width, height = height, width
-            phash = perceptual_hash(image) if hashed else None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return ImageFacts("image_too_large")
-    except UnidentifiedImageError:
-        return ImageFacts("image_not_an_image")
-    except FileNotFoundError:
-        return ImageFacts("image_missing")
-    except PermissionError:
-        return ImageFacts("image_not_readable")
-    except OSError as error:
-        short = "truncated" in str(error) or "broken data stream" in str(error)
-        return ImageFacts("image_truncated" if short else "image_broken")
-    except Exception:
-        # Pillow's plugins raise whatever a broken file provokes (SyntaxError, struct.error,
-        # ValueError, EOFError, zlib.error); all mean the same here.
-        return ImageFacts("image_broken")
-    if min(width, height) < limits.min_side:
-        return ImageFacts("image_too_small", width, height, kind, phash)
-    if max(width, height) > limits.max_aspect * min(width, height):
-        return ImageFacts("image_too_long", width, height, kind, phash)
-    return ImageFacts(None, width, height, kind, phash)
-
-
-def perceptual_hash(image: Image.Image) -> int:
-    """The 64-bit DCT hash of imagehash, as an integer."""
-    import imagehash
-
-    return int(str(imagehash.phash(image.convert("RGB"))), 16)
-
-
-def check_images(
-    root: Path, paths: Sequence[str], limits: ImageLimits, workers: int, hashed: bool
-) -> list[ImageFacts]:
-    """Facts of every picture, in the order of the paths."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
-        warnings.simplefilter("ignore")  # corrupt EXIF and the like; the outcome says enough
-        return list(pool.map(lambda path: check_image(root / path, limits, hashed), paths))
+                elif os.path.splitext(name)[1].lower() in SUFFIXES and entry.is_file():
+                    facts = entry.stat()
+                    yield inner + name, f"{facts.st_size} {facts.st_mtime_ns}"

@@ -6,6 +6,7 @@ source. It holds no time, no host and no worker count, so the same inputs give t
 """
 
 import hashlib
+import os
 import platform
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -16,11 +17,14 @@ import orjson
 
 from cogvlm_sft.conversation import parse_conversation, resolve_image
 from cogvlm_sft.errors import DataError
-from data_builders.images import ImageLimits, check_image
+from data_builders.image_check import ImageLimits
 from data_builders.mix import Ledger
+from data_builders.picture_shards import check_images
+from data_builders.progress import progress
 from data_builders.source import Source
 
 SCHEMA = 1
+SHOWN = 50
 
 
 @dataclass(slots=True)
@@ -43,9 +47,14 @@ class VerifyReport:
         return not self.problems
 
     def summary(self) -> str:
-        """One line, and one more for each problem."""
+        """One line, and one more for each of the first problems."""
         head = f"{self.conversations:,} conversations, {self.images:,} pictures opened"
-        return f"{head}: " + ("sound" if self.ok else "\n  ".join(["not sound", *self.problems]))
+        if self.ok:
+            return f"{head}: sound"
+        shown = self.problems[:SHOWN]
+        if len(self.problems) > SHOWN:
+            shown.append(f"and {len(self.problems) - SHOWN:,} more")
+        return "\n  ".join([f"{head}: not sound, {len(self.problems):,} problems", *shown])
 
 
 def sha256(path: Path) -> str:
@@ -97,6 +106,7 @@ def make_manifest(
     written: dict[str, dict[str, int]],
     pictures: dict[str, int],
     held_out: dict[str, Any],
+    refused: dict[str, list[str]],
     files: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Puts the manifest together; checks that nothing vanished.
@@ -111,6 +121,7 @@ def make_manifest(
         written: Conversations, questions and answer characters written, per source.
         pictures: Counts of pictures by kind and size.
         held_out: Overlap with each held-out set.
+        refused: Members of archives that were not unpacked, per archive.
         files: Name, conversations, bytes and sha256 of each shard.
     """
     table: dict[str, Any] = {}
@@ -133,11 +144,7 @@ def make_manifest(
         }
     return {
         "schema": SCHEMA,
-        "versions": {
-            "cogvlm-sft": _version("cogvlm-sft"),
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("orjson", "ijson", "pillow", "numpy")},
-        },
+        "versions": versions(),
         "seed": seed,
         "image_root": image_root,
         "recipe": recipe,
@@ -151,6 +158,7 @@ def make_manifest(
         "licenses": sorted({row["license"] for row in table.values()}),
         "pictures": pictures,
         "held_out": held_out,
+        "refused_archive_members": refused,
         "files": files,
         "examples": {
             name: [
@@ -159,6 +167,15 @@ def make_manifest(
             ]
             for name in ledger.sources
         },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bytes of a build."""
+    return {
+        "cogvlm-sft": _version("cogvlm-sft"),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("orjson", "ijson", "pillow", "numpy")},
     }
 
 
@@ -191,12 +208,15 @@ def read_manifest(build_dir: Path) -> dict[str, Any]:
     return content
 
 
-def verify(build_dir: Path | str, image_root: Path | str | None = None) -> VerifyReport:
+def verify(
+    build_dir: Path | str, image_root: Path | str | None = None, workers: int | None = None
+) -> VerifyReport:
     """Checks a build: hashes, counts, every record valid, every id once, every picture opens.
 
     Args:
         build_dir: The build folder.
         image_root: Where its pictures are; the manifest's unless given.
+        workers: Processes that decode pictures; one for each core unless given.
 
     Raises:
         DataError: It is not a build folder at all.
@@ -205,51 +225,79 @@ def verify(build_dir: Path | str, image_root: Path | str | None = None) -> Verif
     manifest = read_manifest(folder)
     root = Path(image_root if image_root is not None else manifest["image_root"])
     report = VerifyReport()
-    ids: set[str] = set()
-    pictures: set[str] = set()
+    pictures: dict[str, str] = {}
+    _verify_counts(manifest, report)
+    _verify_files(folder, manifest, report, pictures)
+    paths: list[str] = []
+    for relative, where in pictures.items():
+        try:
+            resolve_image(root, relative)
+            paths.append(relative)
+        except DataError as error:
+            report.problems.append(f"{where}: {relative}: {error}")
     limits = ImageLimits(1, float("inf"), manifest["recipe"]["images"]["max_pixels"])
-    listed = {entry["name"]: entry for entry in manifest["files"]}
-    for stray in sorted({p.name for p in folder.glob("conversations-*.jsonl")} - set(listed)):
-        report.problems.append(f"{stray}: not in the manifest")
-    for name, entry in listed.items():
-        path = folder / name
-        if not path.is_file():
-            report.problems.append(f"{name}: missing")
-            continue
-        if sha256(path) != entry["sha256"]:
-            report.problems.append(f"{name}: sha256 differs from the manifest's")
-        count = 0
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                count += 1
-                try:
-                    conversation = parse_conversation(line, f"{name}:{number}")
-                except DataError as error:
-                    report.problems.append(str(error))
-                    continue
-                if conversation.id in ids:
-                    report.problems.append(f"{name}:{number}: id {conversation.id} occurs twice")
-                ids.add(conversation.id)
-                for relative in conversation.images:
-                    if relative in pictures:
-                        continue
-                    pictures.add(relative)
-                    problem = _picture_problem(root, relative, limits)
-                    if problem:
-                        report.problems.append(f"{name}:{number}: {relative}: {problem}")
-                    else:
-                        report.images += 1
-        report.conversations += count
-        if count != entry["conversations"]:
-            report.problems.append(
-                f"{name}: {count} conversations, the manifest says {entry['conversations']}"
-            )
+    facts = check_images(root, sorted(paths), limits, False, workers or os.cpu_count() or 1)
+    for relative, fact in zip(sorted(paths), facts, strict=True):
+        if fact.reason is None:
+            report.images += 1
+        else:
+            report.problems.append(f"{pictures[relative]}: {relative}: {fact.reason}")
     return report
 
 
-def _picture_problem(root: Path, relative: str, limits: ImageLimits) -> str | None:
-    try:
-        path = resolve_image(root, relative)
-    except DataError as error:
-        return str(error)
-    return check_image(path, limits).reason
+def _verify_counts(manifest: dict[str, Any], report: VerifyReport) -> None:
+    """Nothing vanished: records read are records kept and records dropped by name."""
+    for name, row in manifest["sources"].items():
+        gone = sum(row["dropped"].values())
+        if row["read"] != row["kept"] + gone:
+            report.problems.append(
+                f"{name}: {row['read']:,} read are not {row['kept']:,} kept + {gone:,} dropped"
+            )
+    listed = sum(entry["conversations"] for entry in manifest["files"])
+    if listed != manifest["totals"]["conversations"]:
+        report.problems.append(
+            f"manifest: its files hold {listed:,} conversations, its totals say "
+            f"{manifest['totals']['conversations']:,}"
+        )
+
+
+def _verify_files(
+    folder: Path, manifest: dict[str, Any], report: VerifyReport, pictures: dict[str, str]
+) -> None:
+    """Reads every shard; notes for each picture the line that shows it first."""
+    ids: set[str] = set()
+    listed = {entry["name"]: entry for entry in manifest["files"]}
+    for stray in sorted({p.name for p in folder.glob("conversations-*.jsonl")} - set(listed)):
+        report.problems.append(f"{stray}: not in the manifest")
+    total = manifest["totals"]["conversations"]
+    with progress(total, "reading", " conversations", scale=True) as bar:
+        for name, entry in listed.items():
+            path = folder / name
+            if not path.is_file():
+                report.problems.append(f"{name}: missing")
+                continue
+            digest = hashlib.sha256()
+            count = 0
+            with path.open("rb") as stream:
+                for number, line in enumerate(stream, start=1):
+                    count += 1
+                    bar.update()
+                    digest.update(line)
+                    where = f"{name}:{number}"
+                    try:
+                        conversation = parse_conversation(line, where)
+                    except DataError as error:
+                        report.problems.append(str(error))
+                        continue
+                    if conversation.id in ids:
+                        report.problems.append(f"{where}: id {conversation.id} occurs twice")
+                    ids.add(conversation.id)
+                    for relative in conversation.images:
+                        pictures.setdefault(relative, where)
+            report.conversations += count
+            if digest.hexdigest() != entry["sha256"]:
+                report.problems.append(f"{name}: sha256 differs from the manifest's")
+            if count != entry["conversations"]:
+                report.problems.append(
+                    f"{name}: {count} conversations, the manifest says {entry['conversations']}"
+                )

@@ -7,6 +7,7 @@ relative to its neighbours of the same source.
 """
 
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
+from data_builders.recipe import SourceEntry
 from data_builders.source import EXAMPLES, Drop, Processed
 
 _COLUMNS = {
@@ -49,11 +51,42 @@ class Ledger:
         self._first_picture: list[Any] = []
         self._more_pictures: dict[int, tuple[int, ...]] = {}
         self._count = 0
-        self._spill: BinaryIO = spill.open("w+b")
+        spill.touch()
+        self._spill: BinaryIO = spill.open("r+b")
 
     def add(self, source: str, part: Processed) -> None:
         """Takes in a processed batch."""
         self._spill.write(part.lines)
+        self._take(source, part)
+
+    def flush(self) -> None:
+        """Writes out all lines taken in so far."""
+        self._spill.flush()
+
+    def restore(self, source: str, part: Processed, size: int, crc: int) -> bool:
+        """Takes in what an earlier run processed and whose lines are in the spill file already.
+
+        Args:
+            source: Name of the source.
+            part: All but its lines.
+            size: Bytes of its lines, which follow what was taken in before.
+            crc: CRC-32 of them.
+
+        Returns:
+            Whether the lines are really there; nothing is taken in otherwise.
+        """
+        start = self._spill.tell()
+        found, left = 0, size
+        while left and (piece := self._spill.read(min(left, 1 << 22))):
+            found = zlib.crc32(piece, found)
+            left -= len(piece)
+        if left or found != crc:
+            self._spill.seek(start)
+            return False
+        self._take(source, part)
+        return True
+
+    def _take(self, source: str, part: Processed) -> None:
         for name, kind in _COLUMNS.items():
             self._parts[name].append(np.array(getattr(part, name), dtype=kind))
         count = len(part.lengths)
@@ -69,10 +102,9 @@ class Ledger:
         self.read[source] += part.read
         self.notes[source] += part.notes
         for example in part.examples:
-            if self.drops[source][example.reason] < EXAMPLES:
-                kept = self.examples[source]
-                if sum(other.reason == example.reason for other in kept) < EXAMPLES:
-                    kept.append(example)
+            kept = self.examples[source]
+            if sum(other.reason == example.reason for other in kept) < EXAMPLES:
+                kept.append(example)
         self.drops[source] += part.drops
 
     def _picture(self, path: str) -> int:
@@ -137,12 +169,11 @@ class Ledger:
         offset, length = self.columns["offset"][record], self.columns["lengths"][record]
         return os.pread(self._spill.fileno(), int(length), int(offset))
 
-    def order(self, weights: dict[str, float], caps: dict[str, int | None], seed: int) -> list[Any]:
-        """Applies caps and weights; what they leave out is dropped by name.
+    def order(self, entries: list[SourceEntry], seed: int) -> list[Any]:
+        """Applies caps, weights and quotas; what they leave out is dropped by name.
 
         Args:
-            weights: How often each conversation of a source is written.
-            caps: The most conversations of a source.
+            entries: The sources of the recipe.
             seed: The seed of the build.
 
         Returns:
@@ -151,18 +182,21 @@ class Ledger:
         records: list[Any] = []
         copies: list[Any] = []
         keys: list[Any] = []
-        for number, name in enumerate(self.sources):
+        for number, entry in enumerate(entries):
             own = np.flatnonzero(self.alive & (self.columns["source"] == number))
             own = own[np.argsort(self.columns["keys"][own], kind="stable")]
-            cap = caps[name]
-            if cap is not None and len(own) > cap:
-                self._drop_list(own[cap:], "over_max")
-                own = own[:cap]
-            whole, part = divmod(weights[name], 1.0)
-            partial = own[: round(len(own) * part)]
+            if entry.max is not None and len(own) > entry.max:
+                self._drop_list(own[entry.max :], "over_max")
+                own = own[: entry.max]
+            if entry.quota is not None:
+                whole, rest = divmod(entry.quota, max(1, len(own)))
+            else:
+                whole, rest = int(entry.weight), round(len(own) * (entry.weight % 1))
+            partial = own[:rest]
             if not whole:
-                self._drop_list(own[len(partial) :], "left_out_by_weight")
-            for copy in range(int(whole) + 1):
+                reason = "left_out_by_weight" if entry.quota is None else "over_quota"
+                self._drop_list(own[rest:], reason)
+            for copy in range(whole + 1 if len(own) else 0):
                 chosen = own if copy < whole else partial
                 records.append(chosen)
                 copies.append(np.full(len(chosen), copy, np.uint32))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cogvlm_sft.errors import RecipeError
 
@@ -37,6 +37,7 @@ class SourceEntry(BaseModel):
         style: Prompt style, where it should differ from the source's own.
         max: At most so many conversations, chosen by hash.
         weight: How often each conversation is written: 0.5 keeps half of them, 2 writes each twice.
+        quota: Exactly so many conversations, repeated where the source holds fewer.
         clean: Whether the source's own cleaning rules (phrases, coordinates) apply.
     """
 
@@ -49,7 +50,14 @@ class SourceEntry(BaseModel):
     style: Style | None = None
     max: int | None = Field(default=None, ge=1)
     weight: float = Field(default=1.0, gt=0, le=1000)
+    quota: int | None = Field(default=None, ge=1)
     clean: bool = True
+
+    @model_validator(mode="after")
+    def _one_way_to_mix(self) -> "SourceEntry":
+        if self.quota is not None and not (self.max is None and self.weight == 1):
+            raise ValueError("`quota` says it all; leave out `max` and `weight`")
+        return self
 
     @field_validator("annotations", "images", mode="before")
     @classmethod
@@ -80,11 +88,14 @@ class Decontaminate(Strict):
         against: JSON, JSON Lines, text or CSV files of image ids, or folders of pictures.
         mode: `report` counts the overlap, `drop` takes it out.
         near: Hash bits within which a folder's picture counts as the same.
+        visual_genome: Visual Genome's `image_data.json`, which says which of its pictures are COCO
+            pictures; lists of COCO ids then reach Visual Genome names too.
     """
 
     against: list[Path] = []
     mode: Literal["report", "drop"] = "drop"
     near: int = Field(default=4, ge=0, le=16)
+    visual_genome: Path | None = None
 
 
 class BuildRecipe(Strict):
@@ -96,7 +107,10 @@ class BuildRecipe(Strict):
             unless given.
         seed: Decides the order, and which conversations a cap keeps.
         shard_size: Conversations a file.
-        workers: Processes for records and threads for pictures; the result does not depend on it.
+        workers: Processes for records and pictures; the result does not depend on it.
+        engine: `local`, or `ray` for a Ray cluster (extra `ray`); nor does it depend on this.
+        tokenizer: A `tokenizer.json`, or a folder with one: the report counts tokens of answers
+            instead of characters.
     """
 
     out: Path
@@ -105,6 +119,8 @@ class BuildRecipe(Strict):
     seed: int = 0
     shard_size: int = Field(default=50_000, ge=1)
     workers: int = Field(default=2, ge=1, le=256)
+    engine: Literal["local", "ray"] = "local"
+    tokenizer: Path | None = None
     images: ImageRules = ImageRules()
     deduplicate: Deduplicate = Deduplicate()
     decontaminate: Decontaminate = Decontaminate()

@@ -15,7 +15,7 @@ import orjson
 from jinja2 import Environment
 from PIL import Image, ImageOps
 
-from data_builders.images import ImageFacts
+from data_builders.image_check import ImageFacts
 from data_builders.mix import Ledger
 
 SAMPLES = 12
@@ -105,6 +105,7 @@ def write_report(
     facts: dict[int, ImageFacts],
     twins: list[tuple[int, int]],
     image_root: Path,
+    tokenizer: Path | None = None,
 ) -> None:
     """Writes the page.
 

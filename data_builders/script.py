@@ -71,8 +71,8 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
     except CogVLMSFTError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written, run it again", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -77,6 +77,7 @@ class Source:
     wrappers: ClassVar[tuple[str, ...]] = ()
     style: ClassVar[str] = "chat"
     needs_annotations: ClassVar[bool] = True
+    reads_folders: ClassVar[bool] = False
     Options: ClassVar[type[Strict]] = NoOptions
 
     def __init__(self, entry: SourceEntry) -> None:

@@ -65,6 +65,7 @@ class CogvlmSft311k(Source):
     home = "huggingface.co/datasets/THUDM/CogVLM-SFT-311K"
     files = (File("CogVLM-SFT-311K.zip", 8_219_020_365, "155,771 pictures, labels in both"),)
     image_folders = ("CogVLM-SFT-311K (unpacked)",)
+    reads_folders = True
     Options = Options311k
 
     def __init__(self, entry: SourceEntry) -> None:

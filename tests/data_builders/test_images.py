@@ -3,7 +3,9 @@
 import pytest
 from PIL import Image
 
-from data_builders.images import ImageFinder, ImageLimits, check_image, check_images, unsafe
+from data_builders.image_check import ImageLimits, check_image
+from data_builders.images import ImageFinder, unsafe
+from data_builders.picture_shards import check_images
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_size_after_rotation_and_limits(tmp_path):
     Image.new("RGB", (27, 300)).save(tmp_path / "small.png")
     (tmp_path / "text.png").write_text("hello")
     names = ["turned.jpg", "long.png", "small.png", "text.png", "gone.png"]
-    facts = check_images(tmp_path, names, ImageLimits(), workers=2, hashed=False)
+    facts = check_images(tmp_path, names, ImageLimits(), hashed=False, workers=2)
     assert [fact.reason for fact in facts] == [
         None, "image_too_long", "image_too_small", "image_not_an_image", "image_missing",
     ]  # fmt: skip
