@@ -55,7 +55,12 @@ class ModelSection(Section):
 
 
 class Source(Section):
-    """One conversation file or build folder, and how often it is seen."""
+    """One conversation file or build folder, and how often it is seen.
+
+    Attributes:
+        path: a JSON Lines file of conversations, or a build folder.
+        weight: 2.0 shows it twice in every pass, 0.3 a seeded 30 % of it.
+    """
 
     path: RecipePath
     weight: PositiveFloat = 1.0
@@ -154,16 +159,34 @@ class TrainSection(Section):
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
 
 
-class EvaluateSection(Section):
-    """Held-out loss during training; with data.validation it is measured at the end in any case.
+class Prompt(Section):
+    """A question that is answered again and again while a run goes on.
 
     Attributes:
-        every: steps between measurements.
+        question: its text, without a marker for the picture.
+        image: path below data.image_root; null for a question about nothing but text.
+        style: prompt template; null takes the checkpoint's own (`text` without a picture).
+    """
+
+    question: str
+    image: str | None = None
+    style: Literal["chat", "vqa", "base", "text"] | None = None
+
+
+class EvaluateSection(Section):
+    """What is looked at while training goes on; data.validation is measured at the end in any case.
+
+    Attributes:
+        every: steps between measurements of held-out loss and accuracy, and between generations.
         batch_size: conversations at once.
+        prompts: answered greedily every time; the answers go to `samples.jsonl`.
+        max_new_tokens: longest answer to a prompt.
     """
 
     every: PositiveInt
     batch_size: PositiveInt = 8
+    prompts: list[Prompt] = []
+    max_new_tokens: PositiveInt = 64
 
 
 class Recipe(Section):
@@ -420,10 +443,11 @@ def _check_together(recipe: Recipe) -> None:
             f"{source}: train.warmup_iterations {train.warmup_iterations} exceeds "
             f"train.iterations {train.iterations}"
         )
-    if recipe.evaluate is not None and recipe.data.validation is None:
+    evaluate = recipe.evaluate
+    if evaluate is not None and recipe.data.validation is None and not evaluate.prompts:
         raise RecipeError(
             f"{source}: evaluate asks for held-out loss, but data.validation is null; "
-            "name a validation file or build, or leave evaluate out"
+            "name a validation file or build, give evaluate.prompts, or leave evaluate out"
         )
     recipe.accumulation_steps(int(os.environ.get("WORLD_SIZE", "1")))
 

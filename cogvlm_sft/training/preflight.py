@@ -25,6 +25,7 @@ from cogvlm_sft.model import CogVLMConfig, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.estimate import GIB, estimate, model_config
+from cogvlm_sft.training.samples import prompt_requests
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -79,6 +80,9 @@ def check_ready(recipe: Recipe, world_size: int) -> None:
         check("data.validation", lambda: conversation_files(validation))
     if not data.image_root.is_dir():
         missing.append(f"data.image_root: folder {data.image_root} does not exist")
+    if recipe.evaluate is not None:
+        prompts = recipe.evaluate.prompts
+        check("evaluate.prompts", lambda: prompt_requests(prompts, data.image_root))
     service = recipe.train.report_to
     if service != "none" and importlib.util.find_spec(service) is None:
         missing.append(f"train.report_to: the package {service} is not installed")

@@ -32,6 +32,7 @@ from cogvlm_sft.training.preflight import (
     check_ready,
     processor_for,
 )
+from cogvlm_sft.training.samples import PromptSamples
 from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped
 from cogvlm_sft.training.telemetry import (
     LogWindows,
@@ -44,6 +45,7 @@ from cogvlm_sft.training.trainer import CogVLMTrainer
 from cogvlm_sft.tune.groups import group_table, set_trainable, summarize_groups
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 LOSS_PICTURE = "loss.png"
 
 
@@ -100,6 +102,16 @@ def train(recipe: Recipe) -> TrainResult:
             _write_recipe(recipe)
             snapshots.remove_leftovers(recipe.train.output)
         stop, progress = StopOnSignal(), Progress()
+        callbacks = [
+            stop,
+            LogWindows(),
+            progress,
+            MetricsFile(recipe.train.output / METRICS_FILE),
+        ]
+        if recipe.evaluate is not None and recipe.evaluate.prompts:
+            file = recipe.train.output / SAMPLES_FILE
+            root = recipe.data.image_root
+            callbacks.append(PromptSamples(file, processor, root, recipe.evaluate))
         trainer = CogVLMTrainer(
             model,
             processor,
@@ -108,12 +120,7 @@ def train(recipe: Recipe) -> TrainResult:
             eval_dataset=held_out,
             collator=CogVLMCollator(processor),
             rates=rates,
-            callbacks=[
-                stop,
-                LogWindows(),
-                progress,
-                MetricsFile(recipe.train.output / METRICS_FILE),
-            ],
+            callbacks=callbacks,
             keep_snapshots=recipe.train.keep_snapshots,
         )
         try:

@@ -108,12 +108,8 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Drop what a killed run logged after its last snapshot."""
         self._start = time.monotonic()
-        if state.is_world_process_zero and self.path.is_file():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            beside = self.path.with_suffix(".writing")
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(self.path)
+        if state.is_world_process_zero:
+            drop_rows_after(self.path, state.global_step)
 
     def on_log(
         self,
@@ -142,6 +138,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Leave only the rows up to a step in a metrics file, if there is one."""
+    if not path.is_file():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    beside = path.with_suffix(".writing")
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    beside.write_text("".join(lines), encoding="utf-8")
+    beside.replace(path)
 
 
 def plot_loss(metrics: Path, picture: Path, title: str) -> Path:

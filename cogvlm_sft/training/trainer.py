@@ -207,25 +207,29 @@ class CogVLMTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Held-out loss: the mean over all supervised tokens of the validation set.
+        """Held-out figures.
 
-        With several processes the last batches are filled up with repeated conversations.
+        Returns:
+            `eval_loss`, the mean over all supervised tokens; `eval_token_accuracy`, the share of
+            them that are the model's first choice; `eval_accuracy`, the share of conversations of
+            which all are: greedy decoding would give those answers word for word. With several
+            processes the last batches are filled up with repeated conversations.
         """
         was_training = self.model.training
         model = self.model_wrapped
         model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
         for batch in self.get_eval_dataloader(eval_dataset):
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = model(
-                    **inputs, use_cache=False, supervised_only=True, num_items_in_batch=1
-                ).loss
-            sums[0] += loss.double()
-            sums[1] += (inputs["labels"][..., 1:] != -100).sum()
-        total, count = self.accelerator.reduce(sums, "sum").tolist()
+                sums += _held_out_sums(model, inputs)
+        loss, right, tokens, rows_right, rows = self.accelerator.reduce(sums, "sum").tolist()
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
+        metrics = {
+            f"{metric_key_prefix}_loss": loss / max(tokens, 1),
+            f"{metric_key_prefix}_token_accuracy": right / max(tokens, 1),
+            f"{metric_key_prefix}_accuracy": rows_right / max(rows, 1),
+        }
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -334,3 +338,19 @@ class CogVLMTrainer(SFTTrainer):
             raise CheckpointError(
                 f"{checkpoint}: its optimizer has the groups {loaded}, this run has {names}"
             )
+
+
+def _held_out_sums(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """Loss, right tokens, tokens, right rows and rows of a batch, (5,) of float64."""
+    inputs = dict(inputs)
+    targets = inputs.pop("labels")[:, 1:]
+    supervised = targets != -100
+    # The columns where some row is supervised; logits of no others are made.
+    columns = supervised.any(dim=0).nonzero().squeeze(1)
+    logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits.float()
+    targets, supervised = targets[:, columns], supervised[:, columns]
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    right = (logits.argmax(dim=-1) == targets) & supervised
+    whole = (right | ~supervised).all(dim=1)
+    counts = (loss, right.sum(), supervised.sum(), whole.sum(), targets.new_tensor(len(targets)))
+    return torch.stack([count.double() for count in counts])

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from cogvlm_sft import CogVLMForCausalLM, Recipe, RecipeError, train
+from cogvlm_sft.recipe import recipe_from_dict
 from cogvlm_sft.training.optimization import hold_trainable_in_fp32, rate_schedule
 from cogvlm_sft.training.telemetry import read_metrics
 from cogvlm_sft.training.trainer import GlobalBatchSampler
@@ -267,3 +268,61 @@ def test_held_out_loss_is_the_mean_over_all_supervised_tokens(
         assert [step for step, _ in held_out] == [3, 6, 6]
         measured.append([loss for _, loss in held_out])
     assert measured[1] == pytest.approx(measured[0], abs=1e-6)
+
+
+def test_held_out_accuracy_is_what_greedy_decoding_gives(
+    make_recipe: MakeRecipe, world: Path
+) -> None:
+    from cogvlm_sft import read_conversations
+    from cogvlm_sft.checkpoint.load import load_model, load_processor
+    from cogvlm_sft.evaluation.generate import Request, generate_answers
+
+    recipe = make_recipe(
+        data__validation=world / "train.jsonl",
+        train__iterations=30,
+        train__learning_rate=3e-3,
+        train__log_every=20,
+        train__global_batch_size=8,
+        train__micro_batch_size=8,
+    )
+    result = train(recipe)
+    last = [row for row in read_metrics(result.output / "metrics.jsonl") if "eval_loss" in row][-1]
+    rounds = [
+        (conversation.images, *conversation.rounds()[0])
+        for conversation in read_conversations(world / "train.jsonl")
+    ]
+    processor = load_processor(result.output)
+    answers = generate_answers(
+        load_model(result.output),
+        processor,
+        [
+            Request([world / "images" / name for name in images], asked.content, "chat")
+            for images, asked, _ in rounds
+        ],
+    )
+    # The tiny vocabulary lacks an "f".
+    wanted = [
+        processor.tokenizer.decode(
+            processor.encode_answer(said.content), skip_special_tokens=True
+        ).strip()
+        for *_, said in rounds
+    ]
+    right = [answer == text for answer, text in zip(answers, wanted, strict=True)]
+    assert 0.1 < sum(right) / len(right) < 1.0
+    assert last["eval_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert last["eval_token_accuracy"] >= last["eval_accuracy"]
+
+
+def test_fixed_prompts_are_answered_while_it_trains(make_recipe: MakeRecipe) -> None:
+    prompts = [
+        {"question": "What colour is it?", "image": "00.png"},
+        {"question": "Is it bright?", "image": None},
+    ]
+    evaluate = {"every": 2, "prompts": prompts, "max_new_tokens": 4}
+    recipe = make_recipe(train__iterations=5)
+    tree = recipe.model_dump(mode="json") | {"evaluate": evaluate}
+    result = train(recipe_from_dict(tree))
+    rows = read_metrics(result.output / "samples.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert [sample["question"] for sample in rows[0]["samples"]] == [p["question"] for p in prompts]
+    assert all(isinstance(sample["answer"], str) for row in rows for sample in row["samples"])
