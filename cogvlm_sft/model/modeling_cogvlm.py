@@ -251,7 +251,7 @@ class CogVLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with `initializer_range` for linears, embeddings, cls, boi and eoi; norms 1, 0."""
+        """Normal with `initializer_range`; norms 1, 0; the tower's positions at its patches' scale."""
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, CogVLMVisionModel):
@@ -259,6 +259,10 @@ class CogVLMPreTrainedModel(PreTrainedModel):
             init.normal_(module.eoi, mean=0.0, std=std)
         elif hasattr(module, "cls_embedding"):
             init.normal_(module.cls_embedding, mean=0.0, std=std)
+            # As large as the patch embedding of unit-variance pixels: smaller ones are drowned by
+            # it, and a fresh tower then takes several times as long to learn where things are.
+            fan_in = module.proj.weight[0].numel()
+            init.normal_(module.position_embedding.weight, mean=0.0, std=std * fan_in**0.5)
         elif isinstance(module, CogVLMRotaryEmbedding):
             init.copy_(module.inv_freq, inverse_frequencies(module.config))
 

@@ -255,6 +255,9 @@ def test_initialisation_from_scratch(small_config):
             assert torch.equal(tensor, torch.full_like(tensor, float(name.endswith("weight"))))
         elif name.endswith("bias"):
             assert not tensor.any()
+        elif "position_embedding" in name:
+            # As wide as the patches it is added to: 3 x 14 x 14 inputs of unit variance.
+            assert 0.9 < tensor.std().item() / (0.05 * 588**0.5) < 1.1
         elif "inv_freq" not in name:
             assert 0.03 < tensor.std().item() < 0.07, name
     assert not state["model.embed_tokens.weight"][0].any()
