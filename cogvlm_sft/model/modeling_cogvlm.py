@@ -37,7 +37,7 @@ from .token_layout import (
     gather_rows,
     plan,
 )
-from .vision_cogvlm import CogVLMVisionModel, eager_attention
+from .vision_cogvlm import CogVLMPatchEmbedding, CogVLMVisionModel, eager_attention
 
 IGNORE_INDEX = -100
 
@@ -251,13 +251,13 @@ class CogVLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with `initializer_range`; norms 1, 0; the tower's positions at its patches' scale."""
+        """Normal with `initializer_range`, positions at the scale of patches; norms 1, 0."""
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, CogVLMVisionModel):
             init.normal_(module.boi, mean=0.0, std=std)
             init.normal_(module.eoi, mean=0.0, std=std)
-        elif hasattr(module, "cls_embedding"):
+        elif isinstance(module, CogVLMPatchEmbedding):
             init.normal_(module.cls_embedding, mean=0.0, std=std)
             # As large as the patch embedding of unit-variance pixels: smaller ones are drowned by
             # it, and a fresh tower then takes several times as long to learn where things are.
