@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -112,7 +113,51 @@ def read_mapping(path: Path, under: str = "") -> Iterator[tuple[str, Any]]:
         try:
             yield from ijson.kvitems(stream, under, use_float=True)
         except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise _broken(path, error) from None
+            raise _broken(path, stream, error) from None
+
+
+def read_keyed(path: Path) -> Iterator[Batch]:
+    """Batches of an object that maps ids to records, each as `{"id": key, "entry": value}`.
+
+    Raises:
+        DataError: As `read_mapping`.
+    """
+    pairs = read_mapping(path)
+    start = 0
+    while part := [{"id": key, "entry": entry} for key, entry in islice(pairs, ROWS)]:
+        yield Batch(path.name, start, part)
+        start += len(part)
+
+
+def read_json(path: Path) -> Any:
+    """A small JSON file as a whole.
+
+    Raises:
+        DataError: The file is missing, empty or truncated (with the byte).
+    """
+    raw = require_file(path).read_bytes()
+    skipped = len(raw) - len(raw.removeprefix(_BOM))
+    return _decode(path, raw[skipped:], skipped)[0]
+
+
+def read_head(path: Path, key: str) -> Any:
+    """A top-level value that stands before the first array of an object; None if it is not there.
+
+    Raises:
+        DataError: The file is missing, or ends before that array.
+    """
+    require_file(path)
+    with path.open("rb") as stream:
+        stream.seek(_skip_space(stream))
+        try:
+            for prefix, event, value in ijson.parse(stream, use_float=True, multiple_values=True):
+                if event == "start_array":
+                    return None
+                if prefix == key and event not in ("map_key", "start_map", "end_map"):
+                    return value
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise _broken(path, stream, error) from None
+    return None
 
 
 def _skip_space(stream: BinaryIO) -> int:
@@ -171,7 +216,7 @@ def _wrapped(path: Path, wrappers: tuple[str, ...]) -> Iterator[Batch]:
                         yield Batch(path.name, start, records)
                         records, start = [], index
             except (ijson.JSONError, UnicodeDecodeError) as error:
-                raise _broken(path, error) from None
+                raise _broken(path, stream, error) from None
         if records:
             yield Batch(path.name, start, records)
         if index:
@@ -191,14 +236,18 @@ def _top_keys(path: Path) -> Iterator[str]:
                 if prefix == "" and event == "map_key":
                     yield value
         except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise _broken(path, error) from None
+            raise _broken(path, stream, error) from None
 
 
-def _broken(path: Path, error: Exception) -> DataError:
+def _broken(path: Path, stream: BinaryIO, error: Exception) -> DataError:
     why = str(error).splitlines()[0] if str(error) else type(error).__name__
+    read, size = stream.tell(), path.stat().st_size
+    if read == size:
+        where = f"before byte {size}, where the file ends"
+    else:  # ijson reads 64 KiB at a time
+        where = f"between bytes {max(0, read - (64 << 10))} and {read}"
     return DataError(
-        f"{path}: not valid JSON before byte {path.stat().st_size}, where the file ends ({why}); "
-        "it is truncated or broken: fetch it again"
+        f"{path}: not valid JSON {where} ({why}); it is truncated or broken: fetch it again"
     )
 
 

@@ -11,6 +11,8 @@ text is a plain string and a dialogue a flat list, since this runs once per turn
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any
 
 ROLES: dict[str, int] = {
@@ -24,6 +26,15 @@ _CONTROL = re.compile(
     re.IGNORECASE,
 )
 _LEAKED_TURN = re.compile(r"\n\s*(?:Question|Human|USER):.*", re.DOTALL)
+_LEAKED_PROMPT = re.compile(
+    r"(?:Question|Human|USER):.*?\b(?:Answer|Assistant|ASSISTANT):\s*", re.DOTALL
+)
+_SPEAKS_OF_ITSELF = re.compile(
+    r"\b(?P<refusal>as an AI\b|message is empty)"
+    r"|\bno mention of\b|\bbounding box|\b(?:provided|given) (?:image )?(?:caption|description)",
+    re.IGNORECASE,
+)
+_HINTS = ("AI", "is empty", "mention", "ounding box", "aption", "escription")
 _ALIEN = re.compile("[\x00\ud800-\udfff]")
 _MARKER = re.compile(r"\s*<image>\s*")
 
@@ -45,10 +56,33 @@ def clean_answer(text: str, notes: Counter[str]) -> str:
     plain = _plain(text)
     if ("<" in text or "[" in text) and _CONTROL.search(text):
         notes["control_marker_removed"] += 1
+    if plain.startswith(("Question:", "Human:", "USER:")):
+        plain = _LEAKED_PROMPT.sub("", plain, count=1)
+        notes["leaked_turn_cut"] += 1
+        if plain.startswith(("Question:", "Human:", "USER:")):  # a question and no answer
+            return ""
     if "\n" in plain and _LEAKED_TURN.search(plain):
         plain = _LEAKED_TURN.sub("", plain).rstrip()
         notes["leaked_turn_cut"] += 1
     return plain
+
+
+def flags_of(text: str) -> list[str]:
+    """What is odd about answers that stay: they refuse, or speak of the prompt that made them.
+
+    Sets written by a language model from captions hold such answers. LRV's rules drop them; of
+    other sets they are kept and named in `meta.flags`, so that a user can filter.
+
+    Args:
+        text: All answers of a conversation.
+    """
+    if not any(hint in text for hint in _HINTS):  # a search of plain words, ten times as fast
+        return []
+    found = {
+        "refusal" if match["refusal"] else "speaks_of_the_prompt"
+        for match in _SPEAKS_OF_ITSELF.finditer(text)
+    }
+    return sorted(found)
 
 
 def _plain(text: str) -> str:
@@ -139,6 +173,20 @@ def text_of(value: Any) -> str | None:
     if type(value) is float and value == value:
         return str(int(value)) if value.is_integer() else repr(value)
     return None
+
+
+def human_answers(answers: Any) -> list[str]:
+    """The texts of a list of answers: strings, or objects with `answer`."""
+    if type(answers) is not list:
+        return []
+    texts = [text_of(a.get("answer") if type(a) is dict else a) for a in answers]
+    return [text for text in texts if text and text.strip()]
+
+
+def choose(requests: Sequence[str], text: str) -> str:
+    """One of several requests, by the hash of the text it asks for: the same in every build."""
+    digest = blake2b(text.encode("utf-8", "replace"), digest_size=2).digest()
+    return requests[int.from_bytes(digest, "big") % len(requests)]
 
 
 def majority(answers: list[str]) -> str:

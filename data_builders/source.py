@@ -21,7 +21,7 @@ import orjson
 
 from cogvlm_sft.errors import DataError
 from data_builders.annotations import Batch, read_records
-from data_builders.clean import has_alien
+from data_builders.clean import flags_of, has_alien, rounds, text_of
 from data_builders.images import ImageFinder
 from data_builders.recipe import SourceEntry, Strict, options, source_names
 
@@ -65,6 +65,12 @@ class Source:
 
     Subclasses set the class attributes and override `draft`, and `batches` where their files are
     not plain arrays.
+
+    Attributes:
+        entry: The source's part of the recipe.
+        options: Its own options.
+        default_style: Prompt style of its conversations.
+        file: Base name of the file that the records being drafted come from.
     """
 
     name: ClassVar[str]
@@ -84,6 +90,7 @@ class Source:
         self.entry = entry
         self.options: Any = options(entry)
         self.default_style: str = entry.style or self.style
+        self.file = ""
 
     def inputs(self) -> list[Path]:
         """The files whose hashes the manifest records, in an order free of how they were listed.
@@ -112,6 +119,31 @@ class Source:
             The draft, or the name of the reason to drop the record.
         """
         raise NotImplementedError
+
+    def short(
+        self, question: Any, answer: Any, image: Any, notes: Counter[str], **facts: Any
+    ) -> Draft | str:
+        """A draft of one question and its answer, or the reason to drop it.
+
+        Args:
+            question, answer: Texts; an answer may be a number.
+            image: Name of the picture.
+            notes: Repairs are counted here.
+            facts: Further fields of the `Draft`, such as `orig_id`.
+        """
+        if type(question) is not str:
+            return "empty_question" if question is None else "question_not_a_text"
+        text = text_of(answer)
+        if text is None:
+            return "empty_answer" if answer is None else "answer_not_a_text"
+        if type(image) is not str or not image.strip():
+            missing = image is None or type(image) is str
+            return "image_name_missing" if missing else "image_name_not_a_string"
+        turns = rounds([question, text], notes)
+        if type(turns) is str:
+            return turns
+        assert isinstance(turns, list)
+        return Draft(turns, [image], facts.pop("style", self.default_style), **facts)
 
     def units(self, record: Any) -> int:
         """How many rows of the files a raw record stands for: several where rows are joined."""
@@ -175,6 +207,7 @@ class RecordStage:
         """Processes a batch; see `Processed`."""
         records = orjson.loads(batch.raw) if batch.raw is not None else batch.records
         source, find = self.source, self.finder.find
+        source.file = batch.file
         name, draft_of, units_of = source.entry.name, source.draft, source.units
         licence = source.license
         file_hash = zlib.crc32(batch.file.encode("utf-8", "surrogateescape"))
@@ -226,6 +259,10 @@ class RecordStage:
                 meta["orig_id"] = draft.orig_id
             if draft.meta:
                 meta.update(draft.meta)
+            flags = flags_of("\n".join(turns[1::2]))
+            if flags:
+                meta["flags"] = flags
+                out.notes.update(f"flagged_{flag}" for flag in flags)
             try:
                 line = orjson.dumps(
                     {
@@ -266,16 +303,14 @@ class RecordStage:
 
 def excerpt(record: Any, length: int = 240) -> str:
     """The beginning of a record as text that can be shown."""
-    text = orjson.dumps(record, default=str).decode() if _plain(record) else repr(record)
-    return text if len(text) <= length else text[:length] + "…"
-
-
-def _plain(record: Any) -> bool:
     try:
-        orjson.dumps(record, default=str)
-    except (TypeError, ValueError):
-        return False
-    return True
+        text = orjson.dumps(record, default=str).decode()
+    except (TypeError, ValueError):  # half a surrogate pair, or nested deeply
+        try:
+            text = repr(record)
+        except RecursionError:
+            text = "(nested too deeply to show)"
+    return text if len(text) <= length else text[:length] + "…"
 
 
 def load_source(name: str) -> type[Source]:

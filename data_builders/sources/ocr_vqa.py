@@ -16,12 +16,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from data_builders.annotations import ROWS, Batch, read_mapping
-from data_builders.clean import rounds, text_of
 from data_builders.images import SUFFIXES, ImageFinder
 from data_builders.source import Draft, File, Source
-from data_builders.sources.textvqa import SplitOptions
+from data_builders.splits import SplitOptions
 
-_SPLITS = {1: "train", 2: "val", 3: "test"}
+_SPLITS = {1: "train", 2: "val", 3: "test", "1": "train", "2": "val", "3": "test"}
 
 
 class OcrVqa(Source):
@@ -54,18 +53,18 @@ class OcrVqa(Source):
         """Understands one question; see `Source.draft`."""
         if "problem" in record:
             return str(record["problem"])
-        if record["split"] not in self.options.splits:
-            return "held_out_split"
-        question, answer = text_of(record["question"]), text_of(record["answer"])
-        if question is None or answer is None:
-            return "empty_question" if question is None else "empty_answer"
-        turns = rounds([question, answer], notes)
-        if type(turns) is str:
-            return turns
-        assert isinstance(turns, list)
+        split = record["split"]
+        if split not in self.options.splits:
+            return "split_missing" if split is None else "held_out_split"
         ending = PurePosixPath(record["url"]).suffix.lower()
-        name = record["key"] + (ending if ending in SUFFIXES else ".jpg")
-        return Draft(turns, [name], self.default_style, record["key"])
+        return self.short(
+            record["question"],
+            record["answer"],
+            record["key"] + (ending if ending in SUFFIXES else ".jpg"),
+            notes,
+            orig_id=record["key"],
+            meta={} if split == "train" else {"split": split},
+        )
 
 
 def _questions(key: str, entry: Any) -> list[dict[str, Any]]:
@@ -77,7 +76,7 @@ def _questions(key: str, entry: Any) -> list[dict[str, Any]]:
     if len(questions) != len(answers):
         return [{"key": key, "problem": "answer_count_differs"} for _ in questions]
     split = entry.get("split")
-    known = _SPLITS.get(split, "unknown") if type(split) is int else "unknown"
+    known = _SPLITS.get(split) if type(split) in (int, str) else None
     url = str(entry.get("imageURL") or "")
     return [
         {"key": key, "question": question, "answer": answer, "split": known, "url": url}

@@ -1,15 +1,16 @@
 """OK-VQA: questions that need knowledge from outside the picture, in VQAv2's two-file form.
 
-Each question has the answers of five people, each counted twice; the training answer is the
-majority, the first on ties, in its spelled form (version 1.1 mends the stemming of 1.0).
+Five people answered each question and each answer counts twice; the training answer is the
+majority of the `answer` fields, the first on ties. Use version 1.1, which mends the stemming of 1.0
+("pony tail"); `raw_answer` is not read.
 
 Usage:
     python -m data_builders.sources.okvqa --questions OpenEnded_mscoco_train2014_questions.json \\
         --annotations mscoco_train2014_annotations.json --images coco --out builds/okvqa
 """
 
+from data_builders.question_sets import JoinedVqa
 from data_builders.source import File
-from data_builders.sources.vqav2 import JoinedVqa
 
 
 class Okvqa(JoinedVqa):
@@ -19,13 +20,13 @@ class Okvqa(JoinedVqa):
     title = "OK-VQA 1.1"
     license = "CC-BY-4.0"
     home = "okvqa.allenai.org; COCO: cocodataset.org"
+    image_folders = ("train2014 (train2014.zip) or train2017 (train2017.zip)",)
     files = (
         File("OpenEnded_mscoco_train2014_questions.json", 0, "9,009 questions"),
-        File("mscoco_train2014_annotations.json", 0, "answers"),
+        File("mscoco_train2014_annotations.json", 0, "ten answers a question"),
         File("OpenEnded_mscoco_val2014_questions.json", 0, "5,046; held out"),
         File("mscoco_val2014_annotations.json", 0, "held out"),
     )
-    image_folders = ("train2014, val2014, or train2017",)
 
 
 SOURCE = Okvqa

@@ -12,14 +12,14 @@ Usage:
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from types import NoneType
 from typing import Any
 
-from data_builders.annotations import ROWS, Batch, read_mapping
+from data_builders.annotations import Batch, read_keyed
 from data_builders.clean import rounds, text_of
 from data_builders.images import ImageFinder
 from data_builders.source import Draft, File, Source
-from data_builders.sources.textvqa import SplitOptions
+from data_builders.splits import SplitOptions, split_named
 
 _ASK = "Answer with the option's letter from the given choices directly."
 
@@ -38,7 +38,10 @@ class Scienceqa(Source):
     license = "CC-BY-NC-SA-4.0"
     commercial = False
     home = "scienceqa.github.io"
-    files = (File("problems.json", 0, "21,208 problems; 6,218 of train have a picture"),)
+    files = (
+        File("problems.json", 0, "21,208 problems; 6,218 of train have a picture"),
+        File("train.zip", 0, "pictures; unpack to images/train, and val.zip, test.zip beside"),
+    )
     image_folders = ("images (holds train/<id>/image.png)",)
     style = "vqa"
     Options = ScienceOptions
@@ -46,32 +49,32 @@ class Scienceqa(Source):
     def batches(self, finder: ImageFinder) -> Iterator[Batch]:
         """Problems with their number."""
         for path in self.inputs():
-            pairs = read_mapping(path)
-            start = 0
-            while part := [{"id": key, "entry": entry} for key, entry in islice(pairs, ROWS)]:
-                yield Batch(path.name, start, part)
-                start += len(part)
+            yield from read_keyed(path)
 
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
         """Understands one problem; see `Source.draft`."""
         entry = record["entry"]
         if type(entry) is not dict:
             return "record_not_an_object"
-        split = entry.get("split")
+        split = split_named(entry.get("split"))
         if split not in self.options.splits:
-            return "held_out_split"
+            return "split_missing" if split is None else "held_out_split"
         image = entry.get("image")
         if not image and not self.options.text_only:
             return "no_picture"
+        if image and type(image) is not str:
+            return "image_name_not_a_string"
         choices, answer = entry.get("choices"), entry.get("answer")
         if type(choices) is not list or not 2 <= len(choices) <= 26:
             return "choices_missing"
         if type(answer) is not int or not 0 <= answer < len(choices):
             return "answer_not_among_choices"
-        question = text_of(entry.get("question"))
-        options = [text_of(choice) for choice in choices]
-        if not question or not all(options):
-            return "empty_question" if not question else "choices_missing"
+        question = entry.get("question")
+        options = [(text_of(choice) or "").strip() for choice in choices]
+        if type(question) is not str or not question.strip():
+            return "empty_question" if type(question) in (str, NoneType) else "question_not_a_text"
+        if not all(options):
+            return "choices_missing"
         lines = [question.strip()]
         hint = entry.get("hint")
         if type(hint) is str and hint.strip():
@@ -81,8 +84,9 @@ class Scienceqa(Source):
         if type(turns) is str:
             return turns
         assert isinstance(turns, list)
-        images = [f"{split}/{record['id']}/{image}"] if image else []
-        return Draft(turns, images, self.default_style, record["id"])
+        images = [f"{entry['split']}/{record['id']}/{image}"] if image else []
+        meta = {} if split == "train" else {"split": split}
+        return Draft(turns, images, self.default_style, record["id"], meta)
 
 
 SOURCE = Scienceqa

@@ -1,8 +1,9 @@
 """VizWiz-VQA: pictures and spoken questions by blind people, ten answers each.
 
 File: a list of `{"image", "question", "answers": [{"answer", "answer_confidence"}], "answerable"}`.
-The majority answers; "unanswerable" is kept as an answer, since saying so is what it teaches. The
-split is in the picture's name, and only `train` enters unless `splits` says otherwise.
+The majority answers, the first on ties. "unanswerable" is an answer like any other, since saying so
+is what it teaches; `max_unanswerable` caps its share, choosing by hash which ones stay. The split
+is in the picture's name, and only `train` enters unless `splits` says otherwise.
 
 Usage:
     python -m data_builders.sources.vizwiz --annotations Annotations/train.json --images train \\
@@ -11,14 +12,25 @@ Usage:
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from hashlib import blake2b
 from typing import Any
 
-from data_builders.clean import majority, rounds
-from data_builders.source import Draft, File, Source
-from data_builders.sources.textvqa import SplitOptions
-from data_builders.sources.vqav2 import human_answers
+from pydantic import Field
 
-_SPLIT = re.compile(r"VizWiz_(train|val|test)_")
+from data_builders.annotations import Batch
+from data_builders.clean import human_answers, majority
+from data_builders.images import ImageFinder
+from data_builders.source import Draft, File, Source
+from data_builders.splits import SplitOptions, split_named, split_of_file
+
+_SPLIT = re.compile(r"VizWiz_([A-Za-z]+)_")
+
+
+class VizwizOptions(SplitOptions):
+    """Options: splits, and the largest share of records that may answer "unanswerable"."""
+
+    max_unanswerable: float = Field(default=1.0, ge=0, le=1)
 
 
 class Vizwiz(Source):
@@ -35,28 +47,51 @@ class Vizwiz(Source):
     )
     image_folders = ("train",)
     style = "vqa"
-    Options = SplitOptions
+    Options = VizwizOptions
+
+    def batches(self, finder: ImageFinder) -> Iterator[Batch]:
+        """Records; those above the share of unanswerable ones are marked."""
+        share = self.options.max_unanswerable
+        if share == 1:
+            yield from super().batches(finder)
+            return
+        batches = list(super().batches(finder))  # 20,523 records
+        unanswerable: list[tuple[bytes, int, int]] = []
+        answerable = 0
+        for place, batch in enumerate(batches):
+            self.file = batch.file
+            for row, record in enumerate(batch.records):
+                draft = self.draft(record, Counter())
+                if type(draft) is Draft and draft.turns[1].lower() == "unanswerable":
+                    key = f"{draft.images[0]}\x1f{draft.turns[0]}".encode("utf-8", "replace")
+                    unanswerable.append((blake2b(key, digest_size=8).digest(), place, row))
+                elif type(draft) is Draft:
+                    answerable += 1
+        for _, place, row in sorted(unanswerable)[int(answerable * share / (1 - share)) :]:
+            batches[place].records[row]["_over_share"] = True
+            batches[place].raw = None
+        yield from batches
 
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
         """Understands one record; see `Source.draft`."""
         if type(record) is not dict:
             return "record_not_an_object"
-        image, question = record.get("image"), record.get("question")
-        if type(image) is not str or not image:
-            return "image_name_missing"
-        split = _SPLIT.search(image)
-        if split and split.group(1) not in self.options.splits:
+        image = record.get("image")
+        named = _SPLIT.search(image) if type(image) is str else None
+        split = split_named(named.group(1)) if named else None
+        if (split or split_of_file(self.file) or "train") not in self.options.splits:
             return "held_out_split"
-        if type(question) is not str:
-            return "empty_question" if question is None else "question_not_a_text"
+        if "_over_share" in record:
+            return "unanswerable_over_share"
         answers = human_answers(record.get("answers"))
-        if not answers:
-            return "empty_answer"
-        turns = rounds([question, majority(answers)], notes)
-        if type(turns) is str:
-            return turns
-        assert isinstance(turns, list)
-        return Draft(turns, [image], self.default_style, image)
+        return self.short(
+            record.get("question"),
+            majority(answers) if answers else None,
+            image,
+            notes,
+            orig_id=image,
+            meta={} if split in ("train", None) else {"split": split, "answers": answers},
+        )
 
 
 SOURCE = Vizwiz

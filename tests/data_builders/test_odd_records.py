@@ -27,14 +27,27 @@ VALUES = st.recursive(
     ),
     max_leaves=20,
 )
-# Sources that join files hand their own wrapper to `draft`; the foreign part is inside it.
+# Sources that join or unfold files hand rows of their own to `draft`; the foreign part is inside.
+ROW = {"image": "1.jpg", "split": "train", "id": 1}
 WRAP = {
-    "vqav2": lambda v: {"question": "q", "answer": v, "split": "train2014"},
-    "okvqa": lambda v: {"question": v, "answer": v, "split": "train2014"},
-    "gqa": lambda v: {"id": "1", "split": "train", "entry": v},
+    **dict.fromkeys(
+        ["vqav2", "okvqa", "tdiuc"],
+        lambda v: {"question": v, "asked_about": v, "answer": v if type(v) is dict else {},
+                   "split": "train2014", "image": v},
+    ),
+    **dict.fromkeys(
+        ["coco_captions", "flickr30k", "nocaps", "textcaps"],
+        lambda v: ROW | {"caption": v, "image": v},
+    ),
+    "visual7w": lambda v: ROW | {"question": v, "answer": v, "box": v, "sides": (10.0, 10.0)},
+    "refcoco": lambda v: ROW | {"expression": v, "box": v, "sized": True, "sides": (10.0, 10.0)},
+    "flickr30k_entities": lambda v: ROW | {
+        "split_known": True, "unrelated": False, "number": 0, "sentence": str(v), "boxes": {},
+        "sides": (10.0, 10.0)},
+    "gqa": lambda v: {"id": "1", "entry": v},
     "scienceqa": lambda v: {"id": "1", "entry": v},
     "cogvlm_sft_311k": lambda v: {"_stem": "1", "_folder": "f", "_label": v},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [n for n in source_names() if n != "ocr_vqa"])

@@ -1,0 +1,37 @@
+"""COCO captions: five people's sentences a picture, each a conversation of its own.
+
+Reads Karpathy's `dataset_coco.json`, whose `train` and `restval` (the part of val2014 that everyone
+trains on, 113,287 pictures together) enter and whose 5,000 + 5,000 others are held out, or the
+official `captions_train2014.json`. Captions without a picture and pictures without a caption are
+dropped by name.
+
+Usage:
+    python -m data_builders.sources.coco_captions --annotations dataset_coco.json --images coco \\
+        --out builds/coco_captions
+"""
+
+from data_builders.caption_sets import CaptionSource
+from data_builders.source import File
+
+
+class CocoCaptions(CaptionSource):
+    """See the module."""
+
+    name = "coco_captions"
+    title = "COCO captions, Karpathy's split or the official one"
+    license = "CC-BY-4.0"
+    home = "cs.stanford.edu/people/karpathy/deepimagesent (caption_datasets.zip); cocodataset.org"
+    files = (
+        File("dataset_coco.json", 0, "123,287 pictures; train and restval enter, 113,287"),
+        File("captions_train2014.json", 0, "in annotations_trainval2014.zip"),
+        File("captions_val2014.json", 0, "held out"),
+    )
+    image_folders = ("train2014 (train2014.zip)", "val2014 (val2014.zip), or train2017 for both")
+
+
+SOURCE = CocoCaptions
+
+if __name__ == "__main__":
+    from data_builders.script import run_source
+
+    run_source("coco_captions")

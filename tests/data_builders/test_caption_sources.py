@@ -1,0 +1,145 @@
+"""Caption sets in their released shapes: every caption kept or dropped by name, splits held out."""
+
+import pytest
+
+from cogvlm_sft.errors import DataError
+from data_builders.caption_sets import REQUESTS
+
+
+def captions(built):
+    assert {r["messages"][0]["content"] for r in built} <= {f"<image>\n{ask}" for ask in REQUESTS}
+    return [(r["images"][0], r["messages"][1]["content"]) for r in built]
+
+
+def karpathy(name, split, *sentences, folder=None):
+    record = {"filename": name, "split": split, "imgid": 0, "sentids": list(range(len(sentences)))}
+    if folder:
+        record |= {"filepath": folder, "cocoid": 1}
+    return record | {
+        "sentences": [{"raw": s, "tokens": [], "imgid": 0, "sentid": n}
+                      for n, s in enumerate(sentences)]}  # fmt: skip
+
+
+def test_karpathy_coco(root, run, write_json, picture):
+    picture(root / "train2014" / "COCO_train2014_000000000009.jpg", 1)
+    picture(root / "train2017" / "000000000025.jpg", 2)
+    picture(root / "val2014" / "COCO_val2014_000000000042.jpg", 3)
+    images = [
+        karpathy("COCO_train2014_000000000009.jpg", "train", "A dog. ", "Two  dogs",
+                 folder="train2014"),
+        karpathy("COCO_val2014_000000000025.jpg", "restval", "A hat.</s>", folder="val2014"),
+        karpathy("COCO_val2014_000000000042.jpg", "val", "x", "y", folder="val2014"),
+        karpathy("COCO_val2014_000000000042.jpg", "test", "z", folder="val2014"),
+        karpathy("COCO_train2014_000000000404.jpg", "train", "Gone.", folder="train2014"),
+        karpathy("COCO_train2014_000000000009.jpg", "train", folder="train2014"),
+        karpathy("COCO_train2014_000000000009.jpg", "train", " ", None, 7, folder="train2014"),
+        karpathy("COCO_train2014_000000000009.jpg", None, "No split.", folder="train2014"),
+        karpathy(None, "train", "No name."),
+        {"split": "train", "filename": "a.jpg", "sentences": ["plain text"]},
+        "no object",
+    ]  # fmt: skip
+    path = write_json("dataset_coco.json", {"images": images, "dataset": "coco"})
+    report, built, _ = run("coco_captions", [path])
+    assert captions(built) == [
+        ("train2014/COCO_train2014_000000000009.jpg", "A dog."),
+        ("train2014/COCO_train2014_000000000009.jpg", "Two  dogs"),
+        ("train2017/000000000025.jpg", "A hat."),
+    ]
+    assert report["read"] == 15 and report["kept"] == 3
+    assert report["dropped"] == {
+        "answer_not_a_text": 1, "empty_answer": 2, "held_out_split": 3, "image_missing": 1,
+        "image_name_missing": 1, "picture_without_caption": 1, "record_not_an_object": 2,
+        "split_missing": 1,
+    }  # fmt: skip
+    _, built, _ = run("coco_captions", [path], splits=["val", "test"])
+    assert [(r["meta"]["split"], r["messages"][1]["content"]) for r in built] == [
+        ("val", "x"), ("val", "y"), ("test", "z")]  # fmt: skip
+
+
+def official(*captions, images=((9, "COCO_train2014_000000000009.jpg"),)):
+    return {
+        "info": {},
+        "images": [{"id": n, "file_name": name, "width": 4, "height": 3} for n, name in images],
+        "annotations": [
+            {"id": n, "image_id": i, "caption": c} for n, (i, c) in enumerate(captions)
+        ],
+    }  # fmt: skip
+
+
+def test_official_coco(root, run, write_json, picture):
+    picture(root / "COCO_train2014_000000000009.jpg", 1)
+    images = [
+        (9, "COCO_train2014_000000000009.jpg"), (10, "COCO_train2014_000000000010.jpg"),
+        (9, "COCO_train2014_000000000011.jpg"), (12, "COCO_train2014_000000000012.jpg"),
+        (None, "COCO_train2014_000000000013.jpg"),
+    ]  # fmt: skip
+    content = official((9, "A dog."), (9, "One more."), (10, "Gone."), (77, "Of nothing."),
+                       (9, ""), (None, "x"), images=images)  # fmt: skip
+    content["annotations"].append([1])
+    path = write_json("captions_train2014.json", content)
+    report, built, _ = run("coco_captions", [path])
+    assert captions(built) == [
+        ("COCO_train2014_000000000009.jpg", "A dog."),
+        ("COCO_train2014_000000000009.jpg", "One more."),
+    ]
+    assert [r["meta"]["orig_id"] for r in built] == ["0", "1"]
+    assert report["dropped"] == {
+        "caption_without_picture": 2, "duplicate_picture_id": 1, "empty_answer": 1,
+        "image_missing": 1, "picture_without_caption": 1, "picture_without_id": 1,
+        "record_not_an_object": 1,
+    }  # fmt: skip
+    assert report["read"] == 10
+    held = write_json("captions_val2014.json", content)
+    with pytest.raises(DataError, match="held_out_split"):
+        run("coco_captions", [held])
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError, match=rf"byte {path.stat().st_size}, where the file ends"):
+        run("coco_captions", [path])
+
+
+def test_flickr30k(root, run, write_json, picture):
+    picture(root / "1000092795.jpg", 1)
+    images = [
+        karpathy("1000092795.jpg", "train", "Two young guys .", "Two men"),
+        karpathy("10002456.jpg", "test", "held out"),
+    ]
+    report, built, _ = run("flickr30k", [write_json("dataset_flickr30k.json", {"images": images})])
+    assert captions(built) == [
+        ("1000092795.jpg", "Two young guys ."), ("1000092795.jpg", "Two men")]  # fmt: skip
+    assert report["dropped"] == {"held_out_split": 1}
+
+
+def test_nocaps_is_for_evaluation_only(root, run, write_json, picture):
+    picture(root / "0013ea2087020901.jpg", 1)
+    content = official((0, "A baby."), (0, "A child."), images=[(0, "0013ea2087020901.jpg")])
+    content["images"][0] |= {"domain": "in-domain", "open_images_id": "0013ea2087020901"}
+    path = write_json("nocaps_val_4500_captions.json", content)
+    with pytest.raises(DataError, match=r"no conversation is left .*2 held_out_split"):
+        run("nocaps", [path])
+    with pytest.raises(DataError, match="held_out_split"):  # whatever it is called
+        run("nocaps", [write_json("train.json", content)])
+    _, built, _ = run("nocaps", [path], splits=["val"])
+    assert captions(built) == [
+        ("0013ea2087020901.jpg", "A baby."), ("0013ea2087020901.jpg", "A child.")]  # fmt: skip
+    assert [r["meta"]["domain"] for r in built] == ["in-domain", "in-domain"]
+
+
+def test_textcaps(root, run, write_json, picture):
+    picture(root / "train_images" / "011e7e629fb9ae7b.jpg", 1)
+    row = {"image_id": "011e7e629fb9ae7b", "caption_str": "A sign says stop.", "caption_id": 30,
+           "set_name": "train", "reference_strs": ["a"], "image_path": "train/x.jpg"}  # fmt: skip
+    rows = [row, row | {"caption_str": "A stop sign."}, row | {"set_name": "val"},
+            row | {"caption_str": ""}, row | {"image_id": None}, row | {"image_id": "nope"},
+            row | {"set_name": "odd"}, None]  # fmt: skip
+    report, built, _ = run("textcaps", [write_json("TextCaps_0.1_train.json", {"data": rows})])
+    assert captions(built) == [
+        ("train_images/011e7e629fb9ae7b.jpg", "A sign says stop."),
+        ("train_images/011e7e629fb9ae7b.jpg", "A stop sign."),
+    ]
+    assert report["dropped"] == {
+        "empty_answer": 1, "held_out_split": 1, "image_missing": 1, "image_name_missing": 1,
+        "record_not_an_object": 1, "split_missing": 1}  # fmt: skip
+    for row in rows[:2]:
+        del row["set_name"]
+    with pytest.raises(DataError, match="held_out_split"):  # the file's name speaks then
+        run("textcaps", [write_json("TextCaps_0.1_val.json", {"data": rows[:2]})])
