@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from data_builders.images import ImageFinder, ImageLimits, check_image
+from data_builders.image_check import ImageLimits, check_image
+from data_builders.images import ImageFinder
 
 Corners = tuple[float, float, float, float]
 
