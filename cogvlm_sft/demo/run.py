@@ -6,8 +6,8 @@ Every stage is the real command in a process of its own: `cogvlm-sft data build`
 on the two recipes of `recipes/demo/`, and then the evaluation on held-out pictures before and after
 alignment. Notable choices: the run begins in an empty folder, so that nothing of an earlier one is
 counted; the held-out pictures are asked once, at the end; `--split validation` scores the split
-that settings were chosen on instead. It ends with a table, three answers, `loss.png`, and
-`report.json`.
+that settings were chosen on instead. It ends with a table, three answers, `report.json`, and two
+pictures: `loss.png` and `answers.png`.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_sft.demo.corpus import DEFAULT_SIZES, Example, Sizes, make_corpus
+from cogvlm_sft.demo.figures import draw_answers, draw_curves
 from cogvlm_sft.demo.tokenizer import train_tokenizer
 from cogvlm_sft.errors import CogVLMSFTError, DataError
 from cogvlm_sft.model.prompts import PROMPTS
@@ -116,7 +117,6 @@ def run(split: str = "heldout", sizes: Sizes = DEFAULT_SIZES) -> dict[str, Any]:
     before = _score(HOME / "pretrain", split)
     after = _score(HOME / "chat", split)
     seconds["evaluate"] = time.monotonic() - clock
-    draw_curves(HOME)
     seconds["total"] = time.monotonic() - started
 
     report = {
@@ -130,7 +130,8 @@ def run(split: str = "heldout", sizes: Sizes = DEFAULT_SIZES) -> dict[str, Any]:
     (HOME / "report.json").write_text(text, encoding="utf-8")
     print(table(report))
     print(_samples(after))
-    print(f"checkpoint {HOME}/chat, loss curve {HOME}/loss.png, report {HOME}/report.json")
+    curve, answers = draw_curves(HOME), draw_answers(HOME, after)
+    print(f"checkpoint {HOME}/chat, report {HOME}/report.json, loss curve {curve}, {answers}")
     return report
 
 
@@ -164,29 +165,6 @@ def table(report: dict[str, Any]) -> str:
     spent = ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items())
     lines.append(f"seconds: {spent}; peak memory {report['peak_memory_gib']:.2f} GiB")
     return "\n".join(lines)
-
-
-def draw_curves(home: Path) -> Path:
-    """Both stages' training loss, one after the other, as `loss.png`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    offset = 0
-    for stage in ("pretrain", "chat"):
-        lines = (home / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if "loss" in row]
-        steps = [offset + row["step"] for row in rows]
-        axes.plot(steps, [row["loss"] for row in rows], label=stage)
-        offset = steps[-1] if steps else offset
-    axes.set(xlabel="step", ylabel="loss per supervised token", title="cogvlm-sft demo")
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(home / "loss.png")
-    return home / "loss.png"
 
 
 def _score(checkpoint: Path, split: str) -> dict[str, dict[str, Any]]:
