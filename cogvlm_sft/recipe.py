@@ -23,6 +23,8 @@ from pydantic import (
     PositiveInt,
     PrivateAttr,
     ValidationError,
+    field_validator,
+    model_validator,
 )
 
 from cogvlm_sft.errors import RecipeError
@@ -36,6 +38,23 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class QuantizeSection(Section):
+    """Linears held in 4 bits while they stay frozen (QLoRA, arXiv 2305.14314).
+
+    The scales of the 64-weight blocks are quantised too, and products run in `model.dtype`.
+    Embeddings, `lm_head`, the adapter and norms are never quantised.
+
+    Attributes:
+        type: 4-bit NormalFloat, the one type there is.
+        groups: whose linears. The vision tower is not among them by default: its features suffer.
+    """
+
+    type: Literal["nf4"] = "nf4"
+    groups: Annotated[
+        list[Literal["language", "visual_expert", "vision_tower"]], Field(min_length=1)
+    ] = ["language", "visual_expert"]
+
+
 class ModelSection(Section):
     """Where the weights come from; exactly one of `checkpoint` and `config`.
 
@@ -45,6 +64,7 @@ class ModelSection(Section):
         tokenizer: tokenizer folder; null takes the checkpoint's own, which released ones lack.
         dtype: dtype of products and of frozen weights; what learns is held in float32 always.
         attention: one of transformers' implementations.
+        quantize: `nf4` (or a mapping, see `QuantizeSection`) holds frozen linears in 4 bits.
     """
 
     checkpoint: RecipePath | None = None
@@ -52,6 +72,12 @@ class ModelSection(Section):
     tokenizer: RecipePath | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    quantize: QuantizeSection | None = None
+
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
 
 
 class Source(Section):
@@ -90,12 +116,34 @@ class GroupTuning(Section):
     """How a parameter group is treated.
 
     Attributes:
-        mode: `frozen`, or `full` to train every weight of it.
+        mode: `frozen`; `full` to train every weight of it; or `lora` to train low-rank factors
+            beside each of its linears, the rest of the group frozen.
         rate: multiple of train.learning_rate.
+        rank: of the factors, with mode `lora` only, as are the keys below; 16 by default.
+        alpha: scale of the factors' product, alpha / rank; twice the rank by default.
+        dropout: on the factors' input; 0 by default.
+        variant: `lora` (arXiv 2106.09685, the default), `rslora` (scale alpha / sqrt(rank), arXiv
+            2312.03732), `dora` (with a learnt magnitude for each row, arXiv 2402.09353) or `pissa`
+            (starts from the principal singular vectors, arXiv 2404.02948).
     """
 
-    mode: Literal["frozen", "full"] = "full"
+    mode: Literal["frozen", "full", "lora"] = "full"
     rate: PositiveFloat = 1.0
+    rank: PositiveInt | None = None
+    alpha: PositiveFloat | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    variant: Literal["lora", "rslora", "dora", "pissa"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_defaults(cls, tree: Any) -> Any:
+        """With mode `lora` the defaults of its keys are written out, else they stay null."""
+        if not isinstance(tree, dict) or tree.get("mode") != "lora":
+            return tree
+        given = {key: value for key, value in tree.items() if value is not None}
+        rank = given.get("rank", 16)
+        alpha = 2 * rank if isinstance(rank, int) else None
+        return {"rank": rank, "alpha": alpha, "dropout": 0.0, "variant": "lora", **given}
 
 
 class TuneSection(Section):
@@ -107,10 +155,17 @@ class TuneSection(Section):
     vision_tower: GroupTuning = GroupTuning()
     embeddings: GroupTuning = GroupTuning()
 
+    def groups(self) -> dict[str, GroupTuning]:
+        """Every group's treatment, in the order of the fields."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
     def trainable(self) -> dict[str, float]:
         """Rate of every group that learns, in the order of the fields."""
-        groups = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: group.rate for name, group in groups.items() if group.mode == "full"}
+        return {name: group.rate for name, group in self.groups().items() if group.mode != "frozen"}
+
+    def lora(self) -> dict[str, GroupTuning]:
+        """The groups that learn by low-rank factors."""
+        return {name: group for name, group in self.groups().items() if group.mode == "lora"}
 
 
 class TrainSection(Section):
@@ -121,6 +176,8 @@ class TrainSection(Section):
         iterations: optimizer steps.
         global_batch_size: conversations of every step, over all processes.
         micro_batch_size: conversations that one process runs at once; does not change the result.
+        optimizer: `adamw`; or `paged_adamw_8bit`, whose two moments are held in 8 bits (a quarter
+            of the memory) and move to main memory when the GPU's is short.
         learning_rate: peak rate; the rates of `tune` multiply it.
         schedule: after the warm-up, `cosine` to zero or `constant`.
         warmup_iterations: steps of linear warm-up.
@@ -141,6 +198,7 @@ class TrainSection(Section):
     iterations: PositiveInt
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt = 1
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     learning_rate: PositiveFloat
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_iterations: Annotated[int, Field(ge=0)] = 0
@@ -204,6 +262,14 @@ class Recipe(Section):
     def source(self) -> str:
         """File or packaged name that this recipe was loaded from."""
         return self._source
+
+    @property
+    def writes_adapter(self) -> bool:
+        """Whether snapshots and result hold only what was trained, beside the base checkpoint.
+
+        So it is with low-rank factors, and with 4-bit weights, which are not worth keeping.
+        """
+        return bool(self.tune.lora()) or self.model.quantize is not None
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; it loads back to an equal recipe."""
@@ -436,8 +502,9 @@ def _check_together(recipe: Recipe) -> None:
     if not recipe.tune.trainable():
         raise RecipeError(
             f"{source}: all five groups under tune are frozen, so nothing would be trained; "
-            "set the mode of at least one to full"
+            "set the mode of at least one to full or lora"
         )
+    _check_tuning(recipe)
     if train.warmup_iterations > train.iterations:
         raise RecipeError(
             f"{source}: train.warmup_iterations {train.warmup_iterations} exceeds "
@@ -450,6 +517,63 @@ def _check_together(recipe: Recipe) -> None:
             "name a validation file or build, give evaluate.prompts, or leave evaluate out"
         )
     recipe.accumulation_steps(int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _check_tuning(recipe: Recipe) -> None:
+    """Combinations of groups, modes and 4-bit weights that cannot train, with the reason.
+
+    Raises:
+        RecipeError: naming the keys, what they are and how to mend them.
+    """
+    model, tune, source = recipe.model, recipe.tune, recipe.source
+    for name, group in tune.groups().items():
+        key = f"{source}: tune.{name}"
+        for option in ("rank", "alpha", "dropout", "variant"):
+            if group.mode != "lora" and getattr(group, option) is not None:
+                raise RecipeError(
+                    f"{key}.{option} is {getattr(group, option)!r}, but tune.{name}.mode is "
+                    f"{group.mode}; {option} belongs to mode lora: remove it, or set the mode"
+                )
+    lora = tune.lora()
+    if "embeddings" in lora:
+        raise RecipeError(
+            f"{source}: tune.embeddings.mode is lora; low-rank factors are for linears inside the "
+            "layers (TRL and the engines that serve CogVLM read lm_head as one plain matrix). "
+            "Use full or frozen"
+        )
+    if lora and model.config is not None:
+        raise RecipeError(
+            f"{source}: tune.{next(iter(lora))}.mode is lora, but model.config starts from random "
+            "weights, which an adapter does not hold; start from model.checkpoint, or use full"
+        )
+    variants = {group.variant for group in lora.values()}
+    if "dora" in variants and len(variants) > 1:
+        raise RecipeError(
+            f"{source}: tune has the variant dora in one group and "
+            f"{', '.join(sorted(str(v) for v in variants - {'dora'}))} in another; PEFT's adapter "
+            "file says for all its linears at once whether they are DoRA. Use dora in all or none"
+        )
+    if model.quantize is None:
+        return
+    if model.config is not None:
+        raise RecipeError(
+            f"{source}: model.quantize is set, but model.config starts from random weights; 4-bit "
+            "weights stay frozen, so they would never learn. Start from model.checkpoint"
+        )
+    for name in model.quantize.groups:
+        group = tune.groups()[name]
+        if group.mode == "full":
+            raise RecipeError(
+                f"{source}: tune.{name}.mode is full, but model.quantize holds the group's weights "
+                f"in 4 bits, which take no gradient. Use lora or frozen, or leave {name} out of "
+                "model.quantize.groups"
+            )
+        if group.variant == "pissa":
+            raise RecipeError(
+                f"{source}: tune.{name}.variant is pissa, which moves part of each weight into the "
+                "factors, but model.quantize holds the weights in 4 bits, which cannot be changed. "
+                "Use lora, rslora or dora"
+            )
 
 
 def _explain(

@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from cogvlm_sft.checkpoint.adapter import base_of, is_adapter, wear_adapter
+from cogvlm_sft.checkpoint.quantized import check_quantized, nf4_config
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMImageProcessor, CogVLMProcessor
 
@@ -31,19 +33,31 @@ def load_model(
     *,
     dtype: str | torch.dtype = "float32",
     attention: str = "sdpa",
+    quantize: Collection[str] = (),
+    base: str | Path | None = None,
 ) -> CogVLMForCausalLM:
     """Load a CogVLM from a folder in the released layout, every tensor accounted for.
 
+    An adapter's folder loads its base and merges the adapter into it; with `quantize` the adapter
+    stays beside the 4-bit weights, as it was trained.
+
     Args:
-        path: folder with config.json and safetensors weights.
+        path: folder with config.json and safetensors weights, or with an adapter.
         dtype: "float32", "bfloat16" or a torch dtype that the weights are held in.
         attention: one of transformers' attention implementations, such as "sdpa".
+        quantize: parameter groups whose linears are held in NF4 (`checkpoint.quantized`).
+        base: of an adapter, in place of the folder that its configuration names.
 
     Raises:
         CheckpointError: the folder, its configuration or its weights are missing, damaged, or do
             not fit a CogVLM; tensors that are missing, unexpected or misshapen are named.
     """
     folder = Path(path)
+    if is_adapter(folder):
+        root = base_of(folder, base)
+        model = load_model(root, dtype=dtype, attention=attention, quantize=quantize)
+        worn = wear_adapter(model, folder)
+        return worn.get_base_model() if quantize else worn.merge_and_unload()
     config = load_config(folder)
     _check_tensors(folder, config)
     try:
@@ -52,6 +66,11 @@ def load_model(
             config=config,
             dtype=_torch_dtype(dtype),
             attn_implementation=attention,
+            quantization_config=(
+                nf4_config(config, quantize, _torch_dtype(dtype)) if quantize else None
+            ),
+            # 4-bit weights are made on the device where they stay; others are moved later.
+            device_map={"": _device()} if quantize else None,
             output_loading_info=True,
             local_files_only=True,
         )
@@ -65,6 +84,8 @@ def load_model(
     ]
     if problems:
         raise CheckpointError(f"{folder}: weights were not loaded whole: {_some(problems)}")
+    if quantize:
+        check_quantized(model, quantize)
     return model
 
 
@@ -111,6 +132,8 @@ def load_config(folder: str | Path) -> CogVLMConfig:
         CheckpointError: no folder, no config.json, or one that is not a CogVLM's.
     """
     path = Path(folder)
+    if is_adapter(path):
+        path = base_of(path)
     if not path.is_dir():
         raise CheckpointError(
             f"checkpoint folder {path} does not exist; expected a folder in the released layout "
@@ -177,6 +200,8 @@ def load_processor(path: str | Path, tokenizer: str | Path | None = None) -> Cog
     """
     folder = Path(path)
     config = load_config(folder)
+    if is_adapter(folder) and not (folder / "processor_config.json").is_file():
+        folder = base_of(folder)  # an adapter that another tool wrote
     if tokenizer is None and (folder / "processor_config.json").is_file():
         _check_tokenizer(folder)
         processor: CogVLMProcessor = CogVLMProcessor.from_pretrained(folder, local_files_only=True)
@@ -332,6 +357,13 @@ def _refuse_unknown(fields: Mapping[str, Any], known: Mapping[str, Any], where: 
                 f"{where}: unknown field {key!r}; did you mean {near[0]!r}? ({where} holds the "
                 "fields of config.json)"
             )
+
+
+def _device() -> str:
+    """Where this process computes."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -18,6 +18,7 @@ def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
         max_steps=train.iterations,
         per_device_train_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=recipe.accumulation_steps(world_size),
+        optim="adamw_torch_fused" if train.optimizer == "adamw" else train.optimizer,
         learning_rate=train.learning_rate,
         lr_scheduler_type="cosine" if train.schedule == "cosine" else "constant_with_warmup",
         warmup_steps=train.warmup_iterations,

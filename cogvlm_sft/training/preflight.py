@@ -26,6 +26,7 @@ from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.estimate import GIB, estimate, model_config
 from cogvlm_sft.training.samples import prompt_requests
+from cogvlm_sft.tune.adapters import ADAPTER_CONFIG
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -184,7 +185,7 @@ def check_output(recipe: Recipe) -> Path | None:
                 f"run; {advice}"
             )
         return None
-    if (output / "config.json").is_file():
+    if any((output / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise RecipeError(
             f"{recipe.source}: train.output {output} holds a finished run's checkpoint; {advice}"
         )

@@ -11,17 +11,19 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from cogvlm_sft.checkpoint.load import build_model, load_model, save_checkpoint
 from cogvlm_sft.data.collator import CogVLMCollator
 from cogvlm_sft.data.mixture import ConversationDataset
+from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import snapshots
@@ -42,7 +44,8 @@ from cogvlm_sft.training.telemetry import (
     read_metrics,
 )
 from cogvlm_sft.training.trainer import CogVLMTrainer
-from cogvlm_sft.tune.groups import group_table, set_trainable, summarize_groups
+from cogvlm_sft.tune.adapters import ADAPTER_CONFIG, AdapterFiles, apply_tuning
+from cogvlm_sft.tune.groups import group_table, summarize_groups
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -95,7 +98,7 @@ def train(recipe: Recipe) -> TrainResult:
         set_seed(recipe.train.seed)
         model = _model(recipe)
         rates = recipe.tune.trainable()
-        set_trainable(model, rates)
+        apply_tuning(model, recipe.tune)
         _hold_frozen(model, getattr(torch, recipe.model.dtype))
         if first:
             _announce(recipe, model, dataset, resume_from)
@@ -122,6 +125,7 @@ def train(recipe: Recipe) -> TrainResult:
             rates=rates,
             callbacks=callbacks,
             keep_snapshots=recipe.train.keep_snapshots,
+            adapter=_adapter_files(recipe),
         )
         try:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -160,7 +164,10 @@ def _finish(
         losses = [row["loss"] for row in read_metrics(metrics) if "loss" in row]
         final_loss = losses[-1] if losses else final_loss
         plot_loss(metrics, output / LOSS_PICTURE, Path(recipe.source).stem)
-        save_checkpoint(model, processor, output, dtype=recipe.model.dtype, state_dict=weights)
+        if (files := _adapter_files(recipe)) is None:
+            save_checkpoint(model, processor, output, dtype=recipe.model.dtype, state_dict=weights)
+        else:
+            _publish_adapter(files, model, processor, output, weights)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(
         output=output,
@@ -169,6 +176,39 @@ def _finish(
         held_out_loss=held_out,
         seconds=time.monotonic() - started,
     )
+
+
+def _adapter_files(recipe: Recipe) -> AdapterFiles | None:
+    """Where what is trained is kept apart from the base: with factors, or beside 4-bit weights."""
+    if not recipe.writes_adapter:
+        return None
+    return AdapterFiles(recipe.tune, str(recipe.model.checkpoint))
+
+
+def _publish_adapter(
+    files: AdapterFiles,
+    model: CogVLMForCausalLM,
+    processor: CogVLMProcessor,
+    output: Path,
+    weights: Mapping[str, torch.Tensor] | None,
+) -> None:
+    """The adapter and the processor, written beside the run's logs; the configuration comes last.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
+    staging = output / ".writing"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        files.save(model, staging, weights)
+        processor.save_pretrained(staging)
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == ADAPTER_CONFIG):
+            os.replace(file, output / file.name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{output}: the adapter cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _dataset(
@@ -187,14 +227,19 @@ def _dataset(
 def _model(recipe: Recipe) -> CogVLMForCausalLM:
     section = recipe.model
     if section.checkpoint is not None:
-        return load_model(section.checkpoint, dtype=section.dtype, attention=section.attention)
+        return load_model(
+            section.checkpoint,
+            dtype=section.dtype,
+            attention=section.attention,
+            quantize=section.quantize.groups if section.quantize else (),
+        )
     return build_model(section.config or {}, attention=section.attention)
 
 
 def _hold_frozen(model: CogVLMForCausalLM, dtype: torch.dtype) -> None:
     """Fresh weights are drawn in fp32; what will not learn is held in the recipe's dtype."""
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():  # 4-bit ones are not
             parameter.data = parameter.data.to(dtype)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import datasets
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from cogvlm_sft.errors import CheckpointError, RecipeError
@@ -29,6 +31,7 @@ from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.optimization import hold_trainable_in_fp32, rate_schedule
 from cogvlm_sft.training.throughput import Throughput, peak_flops, trained_matrices
+from cogvlm_sft.tune.adapters import AdapterFiles
 from cogvlm_sft.tune.groups import parameter_groups
 
 # transformers writes its arguments as a pickle beside the weights; the recipe says the same.
@@ -80,6 +83,7 @@ class CogVLMTrainer(SFTTrainer):
         eval_dataset: Dataset[Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         keep_snapshots: int = 2,
+        adapter: AdapterFiles | None = None,
     ) -> None:
         """Set up a run.
 
@@ -93,7 +97,10 @@ class CogVLMTrainer(SFTTrainer):
             eval_dataset: held-out conversations for `evaluate`.
             callbacks: progress, metrics, signals.
             keep_snapshots: how many complete snapshots stay on the disk.
+            adapter: snapshots hold what is trained only, as an adapter; None holds the model.
         """
+        hold_trainable_in_fp32(model)
+        masters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         placeholder = datasets.Dataset.from_dict({"images": [[""]]})
         super().__init__(
             model=model,
@@ -109,6 +116,7 @@ class CogVLMTrainer(SFTTrainer):
         self.eval_dataset = eval_dataset
         self.rates = dict(rates)
         self.keep_snapshots = keep_snapshots
+        self.adapter = adapter
         # The model divides its summed loss by what we pass, and labels are shifted inside: the
         # two facts transformers would otherwise guess from the class's signature and name.
         self.model_accepts_loss_kwargs = True
@@ -122,6 +130,11 @@ class CogVLMTrainer(SFTTrainer):
             peak_flops(self.args.device),
             self.accelerator.num_processes,
         )
+        self._last_log = (time.monotonic(), 0)
+        # TRL rounds what learns beside 4-bit weights to bf16.
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = masters[name].to(parameter.device)
 
     def _send_telemetry(self) -> None:
         """TRL reports each run to its authors; we do not."""
@@ -135,7 +148,11 @@ class CogVLMTrainer(SFTTrainer):
         return GlobalBatchSampler(len(dataset), args.max_steps * per_step, args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over group x decay; FSDP passes the sharded `model` it prepared."""
+        """AdamW over group x decay; FSDP passes the sharded `model` it prepared.
+
+        The 8-bit one keeps both moments in blocks of 256 with a scale each; tensors below 4,096
+        entries stay in fp32. On a CPU there is nothing to page to.
+        """
         if self.optimizer is None:
             args = self.args
             groups = parameter_groups(
@@ -144,13 +161,17 @@ class CogVLMTrainer(SFTTrainer):
                 rates=self.rates,
                 weight_decay=args.weight_decay,
             )
-            self.optimizer = torch.optim.AdamW(
-                groups,
-                lr=args.learning_rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                fused=True,
-            )
+            settings: dict[str, Any] = {
+                "lr": args.learning_rate,
+                "betas": (args.adam_beta1, args.adam_beta2),
+                "eps": args.adam_epsilon,
+            }
+            if args.optim == OptimizerNames.PAGED_ADAMW_8BIT:
+                paged = args.device.type == "cuda"
+                kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+                self.optimizer = kind(groups, **settings)
+            else:
+                self.optimizer = torch.optim.AdamW(groups, fused=True, **settings)
         return self.optimizer
 
     def create_scheduler(
@@ -315,6 +336,11 @@ class CogVLMTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.adapter is not None and output_dir is not None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self.adapter.save(self.model, Path(output_dir), state_dict)
+            self.processing_class.save_pretrained(output_dir)
+            return
         super()._save(output_dir, state_dict=state_dict)
         if output_dir is not None:
             Path(output_dir, _PICKLED_ARGUMENTS).unlink(missing_ok=True)
@@ -322,6 +348,8 @@ class CogVLMTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.adapter is not None:
+            self.adapter.load(self.model, Path(resume_from_checkpoint))
         else:
             snapshots.load_weights(
                 self.model if model is None else model, Path(resume_from_checkpoint)

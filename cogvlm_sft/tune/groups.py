@@ -9,11 +9,13 @@ convolutions. Norms, biases, boi and eoi, the class and position embeddings and 
 decay; an embedding row would shrink at every step in which its token does not even occur.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from cogvlm_sft.errors import CheckpointError
@@ -71,11 +73,27 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not _EMBEDDINGS.search(name)
 
 
-def set_trainable(model: nn.Module, groups: Iterable[str]) -> None:
-    """Let exactly these groups learn; all others get `requires_grad=False`."""
+def set_trainable(
+    model: nn.Module, groups: Iterable[str], *, only_factors: Collection[str] = ()
+) -> None:
+    """Let exactly these groups learn; all others get `requires_grad=False`.
+
+    Args:
+        model: a CogVLM, wrapped or not.
+        groups: which learn.
+        only_factors: those of them of which only LoRA's factors learn.
+    """
     chosen = _known(groups)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(group_of(name) in chosen)
+        group = group_of(name)
+        learns = group in chosen and (group not in only_factors or ".lora_" in name)
+        parameter.requires_grad_(learns)
+
+
+def size_of(parameter: torch.Tensor) -> int:
+    """Number of weights; bitsandbytes packs two 4-bit weights into an element."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def parameter_groups(
@@ -136,7 +154,7 @@ def summarize_groups(
     trainable = dict.fromkeys(GROUPS, 0)
     for name, parameter in model.named_parameters():
         group = group_of(name)
-        total[group] += parameter.numel()
+        total[group] += size_of(parameter)
         trainable[group] += parameter.numel() if parameter.requires_grad else 0
     return [
         GroupSummary(

@@ -1,0 +1,124 @@
+"""Adapter folders: where their base is, and putting one on a model, ours or PEFT's own.
+
+An adapter run's result, each of its snapshots, and what other tools wrote for a CogVLM (CogVLM2's
+official fine-tuning among them) are all the same thing: `adapter_config.json` beside
+`adapter_model.safetensors`. PEFT itself loads without looking for what is missing or unexpected;
+here every tensor of the file must have found its place.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+
+from cogvlm_sft.errors import CheckpointError
+from cogvlm_sft.model import CogVLMForCausalLM
+from cogvlm_sft.tune.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """The contents of `adapter_config.json`.
+
+    Raises:
+        CheckpointError: it is not a LoRA adapter's, or its weights are missing or a pickle.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        kind = settings["peft_type"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not an adapter's configuration: {error!r}") from None
+    if kind != "LORA":
+        raise CheckpointError(f"{file}: the adapter is of type {kind}, expected LORA")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{folder} holds no {ADAPTER_WEIGHTS}; older .bin files are pickles, which can run "
+            "code when read, and are not opened"
+        )
+    return settings
+
+
+def base_of(folder: Path, base: str | Path | None = None) -> Path:
+    """The checkpoint folder that an adapter belongs to.
+
+    Args:
+        folder: the adapter.
+        base: takes the place of what the adapter says.
+
+    Raises:
+        CheckpointError: there is no such folder, or it holds an adapter itself.
+    """
+    named = adapter_settings(folder)["base_model_name_or_path"] if base is None else base
+    if not named:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base checkpoint; give its folder")
+    path = Path(named)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{folder}: its base checkpoint {path} does not exist here; expected a folder in the "
+            f"released layout. Run where the training ran, or name the folder as base"
+        )
+    if is_adapter(path):
+        raise CheckpointError(f"{path}: a base must be a whole checkpoint, this is an adapter")
+    return path
+
+
+def adapter_keys(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names (without PEFT's prefix) and shapes of an adapter's tensors, from the file's header.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = folder / ADAPTER_WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {
+                name.removeprefix(PREFIX): tuple(tensors.get_slice(name).get_shape())
+                for name in tensors.keys()  # noqa: SIM118 - not a mapping
+            }
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: damaged or incomplete ({error})") from None
+
+
+def wear_adapter(model: CogVLMForCausalLM, folder: Path) -> PeftModel:
+    """Put an adapter on its base, every tensor of the file accounted for.
+
+    Args:
+        model: the base, plain or with 4-bit linears; changed in place.
+        folder: the adapter.
+
+    Returns:
+        PEFT's model around it.
+
+    Raises:
+        CheckpointError: the adapter does not fit the model.
+    """
+    settings = adapter_settings(folder)
+    keys = adapter_keys(folder)
+    known = model.state_dict().keys() | {name for name, _ in model.named_modules()}
+    strange = [name for name in keys if name.partition(".lora_")[0] not in known]
+    if strange:
+        raise CheckpointError(
+            f"{folder / ADAPTER_WEIGHTS}: {len(strange)} tensors are of no module of this model, "
+            f"first {strange[0]!r}; the adapter is of another base"
+        )
+    try:
+        worn: PeftModel = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{folder}: the adapter does not fit the model: {error}") from None
+    for name, module in worn.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            for factor in ("lora_A", "lora_B"):
+                if f"{name}.{factor}.weight" not in keys:
+                    raise CheckpointError(
+                        f"{folder / ADAPTER_WEIGHTS}: no {factor} for {name}, one of the targets "
+                        f"{settings['target_modules']}"
+                    )
+    return worn
