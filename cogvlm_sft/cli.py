@@ -7,6 +7,7 @@ what the trainer says of a signal. The recipe is the interface: flags are few on
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ Command = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the return value is the exit status."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # On import it warns of an optional package that only speeds up 4-bit products on some CPUs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     parser = _parser()
     parsed = parser.parse_args(arguments)
     command: Command = parsed.command

@@ -10,13 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMForCausalLM
-from cogvlm_sft.tune.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+from cogvlm_sft.tune.naming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+
+_NAME = "default"
 
 
 def is_adapter(folder: Path) -> bool:
@@ -58,7 +59,9 @@ def base_of(folder: Path, base: str | Path | None = None) -> Path:
     """
     named = adapter_settings(folder)["base_model_name_or_path"] if base is None else base
     if not named:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base checkpoint; give its folder")
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} names no base checkpoint; give its folder"
+        )
     path = Path(named)
     if not path.is_dir():
         raise CheckpointError(
@@ -87,19 +90,21 @@ def adapter_keys(folder: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{file}: damaged or incomplete ({error})") from None
 
 
-def wear_adapter(model: CogVLMForCausalLM, folder: Path) -> PeftModel:
+def wear_adapter(model: CogVLMForCausalLM, folder: Path, *, merge: bool) -> CogVLMForCausalLM:
     """Put an adapter on its base, every tensor of the file accounted for.
 
     Args:
         model: the base, plain or with 4-bit linears; changed in place.
         folder: the adapter.
-
-    Returns:
-        PEFT's model around it.
+        merge: add the factors to the weights, so that a plain model results; else they stay beside.
 
     Raises:
         CheckpointError: the adapter does not fit the model.
     """
+    # Seconds of import that a plain checkpoint does not need.
+    from peft import LoraConfig, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer, LoraModel
+
     settings = adapter_settings(folder)
     keys = adapter_keys(folder)
     known = model.state_dict().keys() | {name for name, _ in model.named_modules()}
@@ -110,10 +115,13 @@ def wear_adapter(model: CogVLMForCausalLM, folder: Path) -> PeftModel:
             f"first {strange[0]!r}; the adapter is of another base"
         )
     try:
-        worn: PeftModel = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+        config = LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        tuner = LoraModel(model, config, _NAME)
+        set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS), _NAME)
     except (ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{folder}: the adapter does not fit the model: {error}") from None
-    for name, module in worn.get_base_model().named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             for factor in ("lora_A", "lora_B"):
                 if f"{name}.{factor}.weight" not in keys:
@@ -121,4 +129,5 @@ def wear_adapter(model: CogVLMForCausalLM, folder: Path) -> PeftModel:
                         f"{folder / ADAPTER_WEIGHTS}: no {factor} for {name}, one of the targets "
                         f"{settings['target_modules']}"
                     )
-    return worn
+    model.eval()
+    return tuner.merge_and_unload() if merge else model

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cogvlm_sft.checkpoint.adapter import base_of, is_adapter, wear_adapter
-from cogvlm_sft.checkpoint.quantized import check_quantized, nf4_config
+from cogvlm_sft.checkpoint.quantized import nf4_config, settle_quantized
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMImageProcessor, CogVLMProcessor
 
@@ -56,8 +56,7 @@ def load_model(
     if is_adapter(folder):
         root = base_of(folder, base)
         model = load_model(root, dtype=dtype, attention=attention, quantize=quantize)
-        worn = wear_adapter(model, folder)
-        return worn.get_base_model() if quantize else worn.merge_and_unload()
+        return wear_adapter(model, folder, merge=not quantize)
     config = load_config(folder)
     _check_tensors(folder, config)
     try:
@@ -66,9 +65,7 @@ def load_model(
             config=config,
             dtype=_torch_dtype(dtype),
             attn_implementation=attention,
-            quantization_config=(
-                nf4_config(config, quantize, _torch_dtype(dtype)) if quantize else None
-            ),
+            quantization_config=nf4_config(config, quantize, _torch_dtype(dtype)),
             # 4-bit weights are made on the device where they stay; others are moved later.
             device_map={"": _device()} if quantize else None,
             output_loading_info=True,
@@ -85,7 +82,7 @@ def load_model(
     if problems:
         raise CheckpointError(f"{folder}: weights were not loaded whole: {_some(problems)}")
     if quantize:
-        check_quantized(model, quantize)
+        settle_quantized(model, quantize)
     return model
 
 

@@ -26,7 +26,7 @@ from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.estimate import GIB, estimate, model_config
 from cogvlm_sft.training.samples import prompt_requests
-from cogvlm_sft.tune.adapters import ADAPTER_CONFIG
+from cogvlm_sft.tune.naming import ADAPTER_CONFIG
 
 RECIPE_FILE = "recipe.yaml"
 

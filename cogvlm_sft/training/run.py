@@ -44,8 +44,9 @@ from cogvlm_sft.training.telemetry import (
     read_metrics,
 )
 from cogvlm_sft.training.trainer import CogVLMTrainer
-from cogvlm_sft.tune.adapters import ADAPTER_CONFIG, AdapterFiles, apply_tuning
+from cogvlm_sft.tune.adapters import AdapterFiles, apply_tuning
 from cogvlm_sft.tune.groups import group_table, summarize_groups
+from cogvlm_sft.tune.naming import ADAPTER_CONFIG
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import datasets
 import torch
 from safetensors import SafetensorError
@@ -100,7 +99,7 @@ class CogVLMTrainer(SFTTrainer):
             adapter: snapshots hold what is trained only, as an adapter; None holds the model.
         """
         hold_trainable_in_fp32(model)
-        masters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        masters = _masters(model)
         placeholder = datasets.Dataset.from_dict({"images": [[""]]})
         super().__init__(
             model=model,
@@ -123,18 +122,14 @@ class CogVLMTrainer(SFTTrainer):
         self._loss_shifts_labels = True
         self._saving_into: Path | None = None
         self._rates_of_step: dict[str, float] = {}
-        hold_trainable_in_fp32(model)
         self.throughput = Throughput(
             model.config,
             trained_matrices(model),
             peak_flops(self.args.device),
             self.accelerator.num_processes,
         )
-        self._last_log = (time.monotonic(), 0)
-        # TRL rounds what learns beside 4-bit weights to bf16.
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                parameter.data = masters[name].to(parameter.device)
+        for name, weight in masters.items():
+            model.get_parameter(name).data = weight
 
     def _send_telemetry(self) -> None:
         """TRL reports each run to its authors; we do not."""
@@ -167,6 +162,8 @@ class CogVLMTrainer(SFTTrainer):
                 "eps": args.adam_epsilon,
             }
             if args.optim == OptimizerNames.PAGED_ADAMW_8BIT:
+                import bitsandbytes
+
                 paged = args.device.type == "cuda"
                 kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
                 self.optimizer = kind(groups, **settings)
@@ -382,3 +379,10 @@ def _held_out_sums(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     whole = (right | ~supervised).all(dim=1)
     counts = (loss, right.sum(), supervised.sum(), whole.sum(), targets.new_tensor(len(targets)))
     return torch.stack([count.double() for count in counts])
+
+
+def _masters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The fp32 weights that TRL will round to bf16: what learns beside 4-bit weights."""
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return {}
+    return {name: p.data for name, p in model.named_parameters() if p.requires_grad}

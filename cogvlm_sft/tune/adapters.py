@@ -1,16 +1,15 @@
 """LoRA on parameter groups: which linears, how they are wrapped, and the files of an adapter.
 
 PEFT does the wrapping, in place: the model stays a `CogVLMForCausalLM` whose chosen linears became
-PEFT layers. Targets are whole module names by group, matched as full regular expressions and counted
-afterwards, never substrings. An adapter folder holds everything that was trained in one file: the
-factors under PEFT's names, and what was trained in full (the GLU, boi, eoi) under its own name, so
-that plain `PeftModel.from_pretrained` loads both; `modules_to_save` would copy each module and
-cannot name a bare parameter. PiSSA changes the base, so its adapter is written as the difference
-from the start, of twice the rank (arXiv 2404.02948, section 3), which fits the released base.
+PEFT layers. Targets are whole module names by group, never substrings, and are counted afterwards.
+An adapter folder holds everything that was trained in one file: the factors under PEFT's names, and
+what was trained in full (the GLU, boi, eoi) under its own name, so that plain
+`PeftModel.from_pretrained` loads both; `modules_to_save` would copy each module and cannot name a
+bare parameter. PiSSA changes the base, so its adapter is written as the difference from its start,
+of twice the rank (arXiv 2404.02948), which fits the released base.
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,30 +24,11 @@ from torch import nn
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMForCausalLM
 from cogvlm_sft.recipe import GroupTuning, TuneSection
-from cogvlm_sft.tune.groups import group_of, set_trainable
+from cogvlm_sft.tune.groups import set_trainable
+from cogvlm_sft.tune.naming import ADAPTER_WEIGHTS, LINEARS, PREFIX, linears_of
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT's, before every name in the file
 _NAME = "default"
-_PISSA = "pissa_niter_16"  # randomised SVD; the exact one takes minutes for a matrix of 4,096 x 12,288
-
-# Module names of the linears that LoRA wraps, by group: facts of the released checkpoint's index.
-LINEARS = {
-    "language": r"model\.layers\.\d+\.(self_attn\.language_expert_(query_key_value|dense)"
-    r"|mlp\.language_mlp\.(gate|up|down)_proj)",
-    "visual_expert": r"model\.layers\.\d+\.(self_attn\.vision_expert_(query_key_value|dense)"
-    r"|mlp\.vision_mlp\.(gate|up|down)_proj)",
-    "adapter": r"model\.vision\.linear_proj\.(linear_proj|gate_proj|dense_h_to_4h|dense_4h_to_h)",
-    "vision_tower": r"model\.vision\.transformer\.layers\.\d+\.(attention\.(query_key_value|dense)"
-    r"|mlp\.fc[12])",
-}
-
-
-def linears_of(model: nn.Module, group: str) -> list[str]:
-    """Names of a group's linears, in the model's order; one that PEFT has wrapped counts once."""
-    pattern = re.compile(LINEARS[group])
-    return [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
+_PISSA = "pissa_niter_16"  # randomised SVD; the exact one takes minutes a matrix at full size
 
 
 def apply_tuning(model: CogVLMForCausalLM, tune: TuneSection) -> None:
@@ -74,7 +54,8 @@ def apply_tuning(model: CogVLMForCausalLM, tune: TuneSection) -> None:
         for name, layer in _layers(model):
             group = groups[wanted[name]]
             # PEFT's configuration knows one dropout for all linears.
-            layer.lora_dropout[_NAME] = nn.Dropout(group.dropout) if group.dropout else nn.Identity()
+            dropout = nn.Dropout(group.dropout) if group.dropout else nn.Identity()
+            layer.lora_dropout[_NAME] = dropout
             if group.variant == "pissa":
                 layer.pissa_init(_NAME, _PISSA)
                 layer.pissa_start = tuple(part.detach().clone() for part in _factors(layer))
@@ -240,7 +221,7 @@ def _is_pissa(layer: LoraLayer) -> bool:
 
 
 def _restart_pissa(layer: LoraLayer, down: torch.Tensor, up: torch.Tensor) -> None:
-    """Give a layer the start that an adapter was trained from: its residual base and its factors."""
+    """Give a layer the start that an adapter was trained from: factors and residual base."""
     rank = layer.r[_NAME]
     start = (down[rank:].clone(), -up[:, rank:])
     before = layer.pissa_start
@@ -251,17 +232,3 @@ def _restart_pissa(layer: LoraLayer, down: torch.Tensor, up: torch.Tensor) -> No
         moved -= scale * (start[1] @ start[0]).to(weight.device)
         weight.data = moved.to(weight.dtype)
     layer.pissa_start = tuple(part.to(before[0]) for part in start)
-
-
-__all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
-    "LINEARS",
-    "PREFIX",
-    "AdapterFiles",
-    "adapter_state",
-    "apply_tuning",
-    "linears_of",
-    "load_adapter",
-    "lora_config",
-]
