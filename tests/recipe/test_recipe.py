@@ -48,7 +48,7 @@ def test_numbers_are_read_by_yaml_1_2(recipe_file: Path) -> None:
         ("train.iterations=1.5", ["1.5 (a number)", "integer"]),
         ("train.gradient_checkpointing=no", ["'no' (a string)", "boolean"]),
         ("train.micro_batch_size=0", ["0 (an integer)", "greater than 0"]),
-        ("tune.language.mode=half", ["'frozen' or 'full'", "half"]),
+        ("tune.language.mode=half", ["'frozen', 'full' or 'lora'", "half"]),
         ("train=3", ["3 (an integer)", "mapping"]),
         ("train.micro_batch_size=3", ["global_batch_size 8", "multiple", "3"]),
         ("train.warmup_iterations=11", ["warmup_iterations 11", "iterations 10"]),
