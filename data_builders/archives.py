@@ -26,6 +26,7 @@ from data_builders.progress import progress
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _ANNOTATIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".p")
 _MARK = ".unpacked.json"
+_SPARE = 64 << 20  # what any archive may unpack to
 _SWELL = 200  # JSON shrinks to a tenth, pictures hardly; a bomb to a thousandth
 # a name that is too long, or that is a file and a folder at once
 _NAME_ERRORS = (
@@ -112,8 +113,8 @@ def unpack(archive: Path) -> tuple[Path, list[str]]:
         os.rename(staging, folder)
     except _BROKEN as error:
         raise DataError(
-            f"{archive}: cannot be unpacked ({error}); it is broken, truncated or encrypted: "
-            "fetch it again"
+            f"{archive}: cannot be unpacked ({_first_line(error)}); it is broken, truncated or "
+            "encrypted: fetch it again"
         ) from None
     except PermissionError as error:
         raise DataError(
@@ -125,10 +126,14 @@ def unpack(archive: Path) -> tuple[Path, list[str]]:
     return folder, refused
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _unpack(archive: Path, into: Path) -> list[str]:
     refused: list[str] = []
-    room = _SWELL * archive.stat().st_size + (64 << 20)
-    zipped = zipfile.is_zipfile(archive)
+    room = _SWELL * archive.stat().st_size + _SPARE
+    zipped = archive.name.lower().endswith(".zip")
     members = _zip_members(archive) if zipped else _tar_members(archive)
     with progress(None, f"unpacking {archive.name}", " files") as bar:
         for name, content in members:

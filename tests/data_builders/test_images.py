@@ -1,9 +1,14 @@
 """Which file a name means, and what a picture must be."""
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 from PIL import Image
 
-from data_builders.image_check import ImageLimits, check_image
+from data_builders import picture_shards
+from data_builders.image_check import ImageLimits, check_image, upright_rgb
 from data_builders.images import ImageFinder, unsafe
 from data_builders.picture_shards import check_images
 
@@ -71,25 +76,121 @@ def test_links_inside_the_root_are_followed_once(files):
     assert finder.find("link/images/1.jpg")[0] is not None
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "I;16", "1", "F"])
-def test_every_mode_is_usable(mode, tmp_path):
-    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.tif" if mode == "F" else "a.png")
-    Image.new(mode, (40, 50)).save(path)
-    facts = check_image(path, ImageLimits(), hashed=True)
-    assert facts.reason is None and (facts.width, facts.height) == (40, 50)
-    assert facts.phash is not None
+def photo(mode: str = "RGB", size: tuple[int, int] = (60, 40)) -> Image.Image:
+    """A picture with structure, whatever its mode."""
+    grey = Image.radial_gradient("L").resize(size)
+    if mode.startswith("I;16"):
+        return Image.fromarray(np.asarray(grey, dtype=np.uint16) * 256 + 7)
+    if mode == "RGBA":
+        return Image.merge("RGBA", (grey, grey.rotate(90), grey.rotate(180), grey))
+    return grey.convert("RGB").convert(mode)
 
 
-def test_size_after_rotation_and_limits(tmp_path):
+def save(path: Path, mode: str = "RGB", orientation: int = 1, **keys: Any) -> Path:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 60)).save(tmp_path / "turned.jpg", exif=exif)
-    assert check_image(tmp_path / "turned.jpg", ImageLimits()).width == 60
-    Image.new("RGB", (30, 6001)).save(tmp_path / "long.png")
-    Image.new("RGB", (27, 300)).save(tmp_path / "small.png")
+    if orientation > 1:
+        exif[0x0112] = orientation
+    photo(mode).save(path, exif=exif, **keys)
+    return path
+
+
+ODD = [
+    ("grey.png", "L", {}, ()),
+    ("plain.jpg", "RGB", {}, ()),
+    ("cmyk.jpg", "CMYK", {}, ("cmyk",)),
+    ("clear.png", "RGBA", {}, ("transparent",)),
+    ("clear.webp", "RGBA", {"lossless": True}, ("transparent",)),
+    ("clear_grey.png", "LA", {}, ("transparent",)),
+    ("palette.png", "P", {}, ("palette",)),
+    ("clear_palette.png", "P", {"transparency": 3}, ("transparent",)),
+    ("deep.png", "I;16", {}, ("deep_grey",)),
+    ("deep.tif", "I;16", {}, ("deep_grey",)),
+    ("bits.png", "1", {}, ("other_mode",)),
+    ("turned.jpg", "RGB", {"orientation": 6}, ("turned_by_exif",)),
+    ("mirrored.png", "RGB", {"orientation": 2}, ("turned_by_exif",)),
+    ("really.jpg", "P", {"format": "GIF"}, ("palette", "wrong_extension")),
+    ("really.png", "RGB", {"format": "JPEG"}, ("wrong_extension",)),
+]
+
+
+@pytest.mark.parametrize("name, mode, keys, odd", ODD, ids=[case[0] for case in ODD])
+def test_odd_pictures_are_usable_and_read_as_training_reads_them(name, mode, keys, odd, tmp_path):
+    from cogvlm_sft.model.image_processing_cogvlm import to_rgb
+
+    path = save(tmp_path / name, mode, **keys)
+    facts = check_image(path, ImageLimits(), hashed=True)
+    assert facts.reason is None and facts.oddities == odd and facts.phash is not None
+    with Image.open(path) as image:
+        ours, theirs = upright_rgb(image), to_rgb(image)
+    assert ours.mode == "RGB" and ours.tobytes() == theirs.tobytes()
+    assert (facts.width, facts.height) == ours.size
+    assert ours.size == ((40, 60) if keys.get("orientation", 1) > 4 else (60, 40))
+    assert np.asarray(ours).std() > 20  # not white, not black: the picture is there
+
+
+def test_the_first_frame_of_an_animation_counts(tmp_path):
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    facts = check_image(tmp_path / "a.gif", ImageLimits())
+    assert facts.reason is None and "several_frames" in facts.oddities
+    with Image.open(tmp_path / "a.gif") as image:
+        assert upright_rgb(image).getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_a_background_for_transparent_parts(tmp_path):
+    Image.new("RGBA", (30, 30), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert upright_rgb(image, "white").getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "gif", "bmp", "webp", "tif"])
+@pytest.mark.parametrize("left", [0.02, 0.5, 0.97])
+def test_truncated_files_are_refused(ending, left, tmp_path):
+    """A header alone is never enough: the file is cut at many places."""
+    path = tmp_path / f"a.{ending}"
+    noise = np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    assert check_image(path, ImageLimits()).reason is None
+    path.write_bytes(whole[: int(len(whole) * left)])
+    assert check_image(path, ImageLimits()).reason in (
+        "image_truncated", "image_broken", "image_not_an_image",
+    )  # fmt: skip
+
+
+def test_what_is_refused(tmp_path):
+    photo().resize((6001, 30)).save(tmp_path / "long.png")
+    photo().resize((27, 300)).save(tmp_path / "small.png")
     (tmp_path / "text.png").write_text("hello")
-    names = ["turned.jpg", "long.png", "small.png", "text.png", "gone.png"]
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "page.jpg").write_text("<html>404 Not Found</html>")
+    (tmp_path / "folder.jpg").mkdir()
+    Image.new("1", (30000, 30000)).save(tmp_path / "bomb.png")
+    names = ["long.png", "small.png", "text.png", "empty.jpg", "page.jpg", "gone.png", "bomb.png",
+             "folder.jpg"]  # fmt: skip
     facts = check_images(tmp_path, names, ImageLimits(), hashed=False, workers=2)
     assert [fact.reason for fact in facts] == [
-        None, "image_too_long", "image_too_small", "image_not_an_image", "image_missing",
+        "image_too_long", "image_too_small", "image_not_an_image", "image_empty_file",
+        "image_not_an_image", "image_missing", "image_too_large", "image_broken",
     ]  # fmt: skip
+
+
+def test_processes_find_the_same(tmp_path, monkeypatch):
+    names = [save(tmp_path / name, mode, **keys).name for name, mode, keys, _ in ODD]
+    monkeypatch.setattr(picture_shards, "_SMALL", 0)
+    monkeypatch.setattr(picture_shards, "_ITEM", 2)
+    one = check_images(tmp_path, names, ImageLimits(), hashed=True, workers=1)
+    assert check_images(tmp_path, names, ImageLimits(), hashed=True, workers=2) == one
+
+
+def test_odd_kinds_are_counted(run, root, write_json):
+    rows = []
+    for name, mode, keys, _ in ODD:
+        save(root / name, mode, **keys)
+        rows.append({"image": name, "question": "q", "answer": "a"})
+    report, _, result = run("custom_vqa", [write_json("q.json", rows)])
+    assert report["kept"] == len(ODD)
+    assert result.manifest["pictures"]["converted_when_read"] == {
+        "cmyk": 1, "deep_grey": 2, "other_mode": 1, "palette": 2, "transparent": 4,
+        "turned_by_exif": 2, "wrong_extension": 2,
+    }  # fmt: skip
