@@ -70,9 +70,7 @@ def check_image(path: Path, limits: ImageLimits, hashed: bool = False) -> ImageF
         hashed: Whether to compute the perceptual hash.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # corrupt EXIF and the like; the outcome says enough
-            return _check(path, limits, hashed)
+        return _check(path, limits, hashed)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return ImageFacts("image_too_large")
     except UnidentifiedImageError:
@@ -105,7 +103,7 @@ def _check(path: Path, limits: ImageLimits, hashed: bool) -> ImageFacts:
         image.load()
         if "turned_by_exif" in odd and image.getexif()[_ORIENTATION] >= 5:
             width, height = height, width
-        usable = upright_rgb(image) if odd or hashed else image
+        usable = upright_rgb(image) if odd else image
         phash = perceptual_hash(usable) if hashed else None
     return ImageFacts(None, width, height, kind, phash, odd)
 
@@ -118,7 +116,9 @@ def oddities(image: Image.Image, suffix: str) -> tuple[str, ...]:
         suffix: The ending of its file's name.
     """
     found = []
-    if image.getexif().get(_ORIENTATION, 1) in range(2, 9):
+    # Most JPEG files have no EXIF at all; asking Pillow costs a twentieth of decoding them.
+    bare = image.format == "JPEG" and not ("exif" in image.info or "xmp" in image.info)
+    if not bare and image.getexif().get(_ORIENTATION, 1) in range(2, 9):
         found.append("turned_by_exif")
     if image.mode not in _PLAIN:
         if image.mode == "CMYK":
@@ -166,11 +166,14 @@ def perceptual_hash(image: Image.Image) -> int:
     """The 64-bit DCT hash of imagehash, as an integer.
 
     Args:
-        image: An RGB picture.
+        image: Upright, in RGB or grey.
     """
     import imagehash
 
-    return int(str(imagehash.phash(image)), 16)
+    # imagehash shrinks to 32 by 32 itself, by a filter as wide as the picture: six times slower,
+    # for a hash that differs in 0.2 of 64 bits on average.
+    small = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return int(str(imagehash.phash(small)), 16)
 
 
 class CheckStage:
@@ -187,4 +190,6 @@ class CheckStage:
         Args:
             paths: Relative to the root.
         """
-        return [check_image(self.root / path, self.limits, self.hashed) for path in paths]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # corrupt EXIF and the like; the outcome says enough
+            return [check_image(self.root / path, self.limits, self.hashed) for path in paths]
