@@ -2,10 +2,10 @@
 
 Modules and parameters carry the released names, so that files need no mapping in either direction.
 The residual stream is kept as one flat run of real tokens, the language expert's before the visual
-expert's (`token_layout.Routing`, built once a forward pass): padding is not computed, each expert
-is an ordinary `nn.Linear` over a slice, and both run for every batch, on no rows if need be, so
-that gradients exist as zeros and sharded ranks stay in step. RMSNorm multiplies by its weight
-before the downcast, as the released code does and Llama does not. Rotary angles are computed in
+expert's (`token_layout.Routing`, built once a forward pass): padding is not computed, and each
+expert is an ordinary `nn.Linear` over a slice. A training step goes further (`supervised_only`):
+attention runs over segments instead of a padded grid, the last layer and the head compute only what
+the loss reads, and conversations may share a picture (`segments`). Rotary angles are computed in
 fp32 from the configuration; the `inv_freq` buffers exist because released files hold them.
 """
 
@@ -17,218 +17,31 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from cogvlm_sft.errors import ModelInputError
 
-from .configuration_cogvlm import CogVLMConfig
-from .generation_cogvlm import CogVLMGenerationMixin
-from .token_layout import (
-    Routing,
-    build_position_ids,
-    build_vision_expert_mask,
-    gather_rows,
-    plan,
+from .attention_cogvlm import (
+    Angles,
+    CogVLMAttention,
+    CogVLMRotaryEmbedding,
+    inverse_frequencies,
 )
-from .vision_cogvlm import CogVLMPatchEmbedding, CogVLMVisionModel, eager_attention
+from .configuration_cogvlm import CogVLMConfig
+from .expert_rows import gather_rows
+from .generation_cogvlm import CogVLMGenerationMixin
+from .layers_cogvlm import CogVLMDecoderLayer, CogVLMRMSNorm
+from .runs import FLAT_ATTENTION, choose_reads, flatten
+from .segments import Segment, read_segments, segments_of_rows
+from .token_layout import Routing, build_position_ids, build_vision_expert_mask, plan
+from .vision_cogvlm import CogVLMPatchEmbedding, CogVLMVisionModel
 
 IGNORE_INDEX = -100
-
-
-class CogVLMRMSNorm(nn.Module):
-    """RMSNorm in fp32, weight included, then cast back."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(..., width) to the same."""
-        normed = functional.rms_norm(
-            hidden_states.float(), self.weight.shape, self.weight.float(), self.eps
-        )
-        return normed.to(hidden_states.dtype)
-
-
-def inverse_frequencies(config: CogVLMConfig, device: torch.device | None = None) -> torch.Tensor:
-    """(head size / 2,) rotary frequencies in fp32, from the configuration's RoPE base."""
-    size = config.hidden_size // config.num_attention_heads
-    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
-    return 1.0 / config.rope_base**exponents
-
-
-class CogVLMRotaryEmbedding(nn.Module):
-    """Holder of the `inv_freq` entry of released files; the angles do not come from it.
-
-    Released files store it in bf16, which bends the angles by up to 0.3 rad at position 256.
-    """
-
-    inv_freq: torch.Tensor
-
-    def __init__(self, config: CogVLMConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=True)
-
-
-def _rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, halves paired (NeoX): states (batch, heads, length, head size)."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cosine + torch.cat((-second, first), dim=-1) * sine
-
-
-def _by_expert(
-    language: nn.Module, vision: nn.Module, rows: torch.Tensor, routing: Routing
-) -> torch.Tensor:
-    """Applies each expert to its slice of the routed rows."""
-    if routing.single:
-        return language(rows)
-    parts = (language(rows[: routing.language]), vision(rows[routing.language :]))
-    return torch.cat(parts)
-
-
-class CogVLMAttention(nn.Module):
-    """Causal attention over all tokens, with QKV and output projection per expert."""
-
-    is_causal = True
-
-    def __init__(self, config: CogVLMConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        width = config.hidden_size
-        self.head_dim = width // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.widths = [width, *[config.num_key_value_heads * self.head_dim] * 2]
-        fused = sum(self.widths)
-        self.vision_expert_query_key_value = nn.Linear(width, fused, bias=config.is_cogvlm2)
-        self.vision_expert_dense = nn.Linear(width, width, bias=False)
-        self.language_expert_query_key_value = nn.Linear(width, fused, bias=False)
-        self.language_expert_dense = nn.Linear(width, width, bias=False)
-        self.rotary_emb = CogVLMRotaryEmbedding(config)
-
-    def forward(
-        self,
-        rows: torch.Tensor,
-        routing: Routing,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: Any = None,
-        past_key_values: Cache | None = None,
-        read: Routing | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Routed rows (rows, hidden) to the same, or to the rows of `read` only.
-
-        Returns:
-            The output and the attention weights, where the implementation gives them.
-        """
-        fused = _by_expert(
-            self.language_expert_query_key_value, self.vision_expert_query_key_value, rows, routing
-        )
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for part in routing.scatter(fused).split(self.widths, dim=-1)
-        )
-        cosine, sine = (part.to(query.dtype) for part in position_embeddings)
-        query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )
-        target = routing if read is None else read
-        gathered = target.gather(output.flatten(2))
-        dense = _by_expert(self.language_expert_dense, self.vision_expert_dense, gathered, target)
-        return dense, weights
-
-
-class CogVLMMLP(nn.Module):
-    """SwiGLU of one expert."""
-
-    def __init__(self, config: CogVLMConfig) -> None:
-        super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-        self.activation = ACT2FN[config.hidden_act]
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden) to the same."""
-        return self.down_proj(self.activation(self.gate_proj(rows)) * self.up_proj(rows))
-
-
-class CogVLMExpertMLP(nn.Module):
-    """The two experts' MLPs."""
-
-    def __init__(self, config: CogVLMConfig) -> None:
-        super().__init__()
-        self.language_mlp = CogVLMMLP(config)
-        self.vision_mlp = CogVLMMLP(config)
-
-    def forward(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Routed rows (rows, hidden) to the same."""
-        return _by_expert(self.language_mlp, self.vision_mlp, rows, routing)
-
-
-class CogVLMDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm decoder layer; the norms are shared by the experts."""
-
-    def __init__(self, config: CogVLMConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = CogVLMAttention(config, layer_idx)
-        self.mlp = CogVLMExpertMLP(config)
-        self.input_layernorm = CogVLMRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = CogVLMRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        rows: torch.Tensor,
-        routing: Routing,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: Any = None,
-        past_key_values: Cache | None = None,
-        read: tuple[Routing, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Routed rows (rows, hidden) to the same.
-
-        Args:
-            rows: hidden states in the order of `routing`.
-            routing: which rows are whose, and where they stand in the batch.
-            position_embeddings: cosine and sine, (batch, 1, length, head size).
-            attention_mask: what `create_causal_mask` made.
-            past_key_values: cache to read and extend.
-            read: route of the only tokens whose output is read, and their rows in `routing`: keys
-                and values are computed for all tokens, what follows attention for these.
-            **kwargs: for the attention implementation.
-        """
-        attended, _ = self.self_attn(
-            self.input_layernorm(rows),
-            routing,
-            position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            read=None if read is None else read[0],
-            **kwargs,
-        )
-        if read is not None:
-            routing, kept = read
-            rows = gather_rows(rows, kept)
-        rows = rows + attended
-        return rows + self.mlp(self.post_attention_layernorm(rows), routing)
 
 
 class CogVLMPreTrainedModel(PreTrainedModel):
@@ -298,6 +111,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         read_places: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the backbone.
@@ -315,6 +129,9 @@ class CogVLMModel(CogVLMPreTrainedModel):
             output_hidden_states: whether to return the states around every layer.
             read_places: (reads,) ascending places `row * length + column` of real tokens: the last
                 layer computes its output there only.
+            segments: (segments, 3) start, end and prefix (or -1) of each segment of a batch of one
+                packed row, see `segments.py`; needs `position_ids`. A branch begins with an eoi of
+                its own, which only the first branch of a prefix marks in `token_type_ids`.
             **kwargs: for the attention implementation (and `output_attentions`, `return_dict`).
 
         Returns:
@@ -354,10 +171,11 @@ class CogVLMModel(CogVLMPreTrainedModel):
 
         if pixel_values is not None and pixel_values.shape[0] == 0:
             pixel_values = None
+        lengths: list[int] = []
         if seen and length == 1 and pixel_values is None and not torch.is_grad_enabled():
             routing = Routing(batch, length, batch, None, single=True)
         else:
-            routing, places, right = plan(
+            routing, places, right, lengths = plan(
                 token_type_ids[:, -length:],
                 None if mask is None else mask[:, -length:],
                 self.config.num_image_tokens,
@@ -366,6 +184,18 @@ class CogVLMModel(CogVLMPreTrainedModel):
             inputs_embeds = self._place_images(inputs_embeds, pixel_values, places)
             if mask is not None and not seen and right and not self._uses_flash():
                 attention_mask = None  # causal attention alone hides what stands on the right
+        run_segments = self._segments(segments, lengths, (batch, length))
+        if segments is not None:
+            inputs_embeds = self._place_branches(inputs_embeds, run_segments)
+        rows = routing.gather(inputs_embeds)
+        angles = self._angles(position_ids)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        recorded = output_hidden_states or bool(kwargs.get("output_attentions"))
+        masked = attention_mask is not None and attention_mask.dim() != 2
+        if self._runs_flat(read_places, segments, past_key_values, recorded, masked):
+            hidden = self._run_flat(rows, routing, run_segments, angles, mask, read_places, kwargs)
+            return BaseModelOutputWithPast(last_hidden_state=hidden)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -373,37 +203,98 @@ class CogVLMModel(CogVLMPreTrainedModel):
             past_key_values=past_key_values,
             # Never position_ids: shared image positions would be read as document breaks.
         )
-        rows = routing.gather(inputs_embeds)
-        position_embeddings = self._angles(position_ids)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         states = [inputs_embeds] if output_hidden_states else []
-        read, back = None, None
         for index, layer in enumerate(self.layers):
-            if index == len(self.layers) - 1 and read_places is not None:
-                *route, back = routing.only(read_places)
-                read = tuple(route)
             rows = layer(
                 rows,
                 routing,
-                position_embeddings,
+                angles,
                 attention_mask=causal_mask,
                 past_key_values=past_key_values,
-                read=read,
                 **kwargs,
             )
             if output_hidden_states and index < len(self.layers) - 1:
                 states.append(routing.scatter(rows))
-        rows = self.norm(rows)
-        if read_places is None:
-            hidden = routing.scatter(rows)
-        else:
-            hidden = rows if back is None else gather_rows(rows, back)
+        hidden = routing.scatter(self.norm(rows))
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
+            last_hidden_state=hidden
+            if read_places is None
+            else gather_rows(hidden.flatten(0, 1), read_places),
             past_key_values=past_key_values,
             hidden_states=(*states, hidden) if output_hidden_states else None,
         )
+
+    def _segments(
+        self, table: torch.Tensor | None, lengths: list[int], shape: tuple[int, int]
+    ) -> list[Segment]:
+        """The segments of the run: those handed in, or the rows."""
+        if table is None:
+            return segments_of_rows([length for length in lengths if length])
+        if shape[0] != 1 or lengths != [shape[1]]:
+            raise ModelInputError(
+                f"segments describe one row without padding; found a batch of {shape[0]} rows with "
+                f"{lengths} real tokens of {shape[1]}"
+            )
+        return read_segments(table, shape[1])
+
+    def _place_branches(self, inputs_embeds: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
+        """Begins every branch with eoi; the first one's is the end of the picture's block."""
+        later = [s.start for s in segments if s.prefix >= 0 and s.start != segments[s.prefix].end]
+        if not later:
+            return inputs_embeds
+        places = torch.tensor(later, device=inputs_embeds.device)
+        eoi = self.vision.eoi[0].to(inputs_embeds.dtype).expand(len(later), -1)
+        return inputs_embeds[0].index_copy(0, places, eoi)[None]
+
+    def _runs_flat(
+        self,
+        read_places: torch.Tensor | None,
+        segments: torch.Tensor | None,
+        past_key_values: Cache | None,
+        recorded: bool,
+        masked: bool,
+    ) -> bool:
+        """Whether attention goes over segments: in training, unless states are asked for."""
+        if read_places is None and segments is None:
+            return False
+        implementation = self.config._attn_implementation
+        cached = past_key_values is not None
+        possible = not (cached or recorded or masked) and implementation in FLAT_ATTENTION
+        if segments is not None and not possible:
+            raise ModelInputError(
+                "segments go without a cache, a mask of one's own and recorded states, and with "
+                f"attention {', '.join(FLAT_ATTENTION)}; found {implementation}"
+                f"{', a cache' * cached}{', a mask' * masked}{', recorded states' * recorded}"
+            )
+        return possible
+
+    def _run_flat(
+        self,
+        rows: torch.Tensor,
+        routing: Routing,
+        segments: list[Segment],
+        angles: Angles,
+        mask: torch.Tensor | None,
+        read_places: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """The layers over a run; (batch, length, hidden), or (reads, hidden)."""
+        device = rows.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else rows.dtype
+        implementation = self.config._attn_implementation
+        run, where = flatten(routing, segments, angles, mask, dtype, implementation)
+        reads, back = None, None
+        if read_places is not None:
+            places = read_places if where is None else where[read_places]
+            reads, back = choose_reads(run, segments, places, dtype, implementation)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            rows = layer(rows, run, reads=reads if index == last else None, **kwargs)
+        rows = self.norm(rows)
+        if reads is None:
+            return routing.scatter(rows)
+        return rows if back is None else gather_rows(rows, back)
 
     def _place_images(
         self,
@@ -421,12 +312,11 @@ class CogVLMModel(CogVLMPreTrainedModel):
     def _uses_flash(self) -> bool:
         return "flash" in (self.config._attn_implementation or "")
 
-    def _angles(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine in fp32, (batch, 1, length, head size)."""
+    def _angles(self, position_ids: torch.Tensor) -> Angles:
+        """Cosine and sine in fp32, (batch, 1, length, head size / 2)."""
         with torch.no_grad(), torch.autocast(position_ids.device.type, enabled=False):
             frequencies = inverse_frequencies(self.config, position_ids.device)
             angles = position_ids[:, None, :, None].float() * frequencies
-            angles = torch.cat((angles, angles), dim=-1)
             return angles.cos(), angles.sin()
 
 

@@ -11,11 +11,13 @@ with one transfer to the host.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from cogvlm_sft.errors import ModelInputError
+
+from .expert_rows import Parts, gather_rows
 
 
 def _previous(token_type_ids: torch.Tensor) -> torch.Tensor:
@@ -77,27 +79,6 @@ def count_image_blocks(token_type_ids: torch.Tensor) -> torch.Tensor:
     return ((token_type_ids == 1) & ~_previous(token_type_ids)).sum(dim=1)
 
 
-class _Gather(torch.autograd.Function):
-    """`index_select` by rows that are all different: its gradient is a copy, not an addition."""
-
-    @staticmethod
-    def forward(ctx: Any, source: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows)
-        ctx.count = source.shape[0]
-        return source.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        whole = gradient.new_zeros(ctx.count, *gradient.shape[1:])
-        return whole.index_copy(0, rows, gradient), None
-
-
-def gather_rows(source: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows of `source` (rows, ...) by distinct indices, cheap in both directions."""
-    return _Gather.apply(source, rows)
-
-
 class Routing(NamedTuple):
     """The order in which the real tokens of a batch are computed, the language expert's first.
 
@@ -129,25 +110,10 @@ class Routing(NamedTuple):
             rows = whole.index_copy(0, self.order, rows)
         return rows.view(self.batch, self.length, -1)
 
-    def only(self, places: torch.Tensor) -> tuple[Routing, torch.Tensor, torch.Tensor | None]:
-        """Restricts the route to some tokens, for a layer whose output is read only there.
-
-        Args:
-            places: (reads,) ascending places `row * length + column` of real tokens.
-
-        Returns:
-            The route of those tokens, their (reads,) rows in this route, and the permutation that
-            brings the restricted route's rows back into the order of `places` (None: they are).
-        """
-        if self.order is None:
-            return self._replace(language=places.numel(), order=places), places, None
-        row_of = torch.empty(self.batch * self.length, dtype=torch.long, device=places.device)
-        row_of[self.order] = torch.arange(self.order.numel(), device=places.device)
-        rows, original = row_of[places].sort()
-        language = int((rows < self.language).sum())
-        # Within an expert, rows keep the batch's order: only a mixture of experts is out of it.
-        back = None if language in (0, places.numel()) else original.argsort()
-        return self._replace(language=language, order=self.order[rows]), rows, back
+    def split(self, rows: torch.Tensor) -> Parts:
+        """The language expert's rows and the visual one's."""
+        language, vision = rows.split([self.language, rows.shape[0] - self.language])
+        return language, vision
 
 
 def plan(
@@ -155,7 +121,7 @@ def plan(
     attention_mask: torch.Tensor | None,
     num_image_tokens: int,
     num_images: int,
-) -> tuple[Routing, torch.Tensor, bool]:
+) -> tuple[Routing, torch.Tensor, bool, list[int]]:
     """Routes a batch and finds its image blocks.
 
     Args:
@@ -166,7 +132,8 @@ def plan(
 
     Returns:
         The route; the (images * num_image_tokens,) places of the image tokens, in batch-major
-        order; and whether all padding stands on the right, where causal attention alone hides it.
+        order; whether all padding stands on the right, where causal attention alone hides it; and
+        the number of real tokens of each row.
 
     Raises:
         ModelInputError: the blocks do not match the images, or two blocks touch.
@@ -183,12 +150,14 @@ def plan(
     kind = vision.long()
     if attention_mask is None:
         masked_image = ragged = torch.zeros((), dtype=torch.long, device=kind.device)
+        lengths = torch.full((batch,), length, device=kind.device)
     else:
         real = attention_mask.to(torch.bool)
         kind = kind.masked_fill(~real, 2)
         masked_image = (is_image & ~real).sum()
         ragged = (real[:, 1:] & ~real[:, :-1]).sum()
-    language_rows, vision_rows, blocks, images, misfits, masked, not_right = torch.stack(
+        lengths = real.sum(dim=1)
+    counts = torch.stack(
         (
             (kind == 0).sum(),
             (kind == 1).sum(),
@@ -198,14 +167,24 @@ def plan(
             masked_image,
             ragged,
         )
-    ).tolist()
+    )
+    (
+        language_rows,
+        vision_rows,
+        blocks,
+        images,
+        misfits,
+        masked,
+        not_right,
+        *row_lengths,
+    ) = torch.cat((counts, lengths)).tolist()
     if misfits or masked or blocks != num_images:
         raise _mismatch(blocks, images, num_images, num_image_tokens, masked)
     order = None
     if language_rows != batch * length:
         order = torch.argsort(kind.flatten(), stable=True)[: language_rows + vision_rows]
     places = is_image.flatten().nonzero().squeeze(1)
-    return Routing(batch, length, language_rows, order), places, not not_right
+    return Routing(batch, length, language_rows, order), places, not not_right, row_lengths
 
 
 def _mismatch(
@@ -232,6 +211,5 @@ __all__ = [
     "build_position_ids",
     "build_vision_expert_mask",
     "count_image_blocks",
-    "gather_rows",
     "plan",
 ]

@@ -59,11 +59,10 @@ def test_a_step_is_what_torch_counts(
         model(**inputs, supervised_only=True).loss.backward()
     needed = training_flops(model.config, trained, Work(32, 32**2, 1, 10))
 
-    # The last layer's queries and scores at the 22 positions that nobody reads: 5 of them the
-    # visual expert's. Fused with keys and values, they are computed all the same.
-    query = 2 * 64 * 64
-    queries = query * (5 * (2 + ("visual_expert" in trained)) + 17 * (2 + ("language" in trained)))
-    scores = 3 * 4 * 64 * 22 * 32
+    # The last layer asks from the first position that is read to the end of the row: the last token
+    # asks too, and nobody reads it.
+    queries = 2 * 64 * 64 * (2 + ("language" in trained))
+    scores = 3 * 4 * 64 * 32
     # Eager attention builds the full square of the first layer's scores; half of it is masked.
     masked = 3 * 4 * 64 * 32**2 / 2
     assert counter.get_total_flops() - queries - scores - masked == pytest.approx(needed, rel=1e-3)
