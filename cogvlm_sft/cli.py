@@ -68,14 +68,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     report = evaluate_checkpoint(
         arguments.checkpoint,
-        arguments.data,
+        arguments.task,
+        arguments.annotations,
         arguments.images,
-        task=arguments.task,
         limit=arguments.limit,
         batch_size=arguments.batch_size,
         output=arguments.output,
+        tokenizer=arguments.tokenizer,
     )
-    print(json.dumps(report, indent=2, ensure_ascii=False))
+    if report:  # the first process alone has one
+        print(json.dumps(report, indent=2, ensure_ascii=False))
     return 0
 
 
@@ -202,23 +204,34 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "evaluate",
         _evaluate,
-        "score a checkpoint on held-out conversations",
+        "score a checkpoint on a benchmark or on held-out conversations",
         "cogvlm-sft evaluate runs/demo/chat --task exact_match "
-        "--data runs/demo/data/heldout_digits --images runs/demo/images",
+        "--annotations runs/demo/data/heldout_digits --images runs/demo/images",
     )
     evaluate.add_argument("checkpoint", type=Path)
-    evaluate.add_argument("--task", required=True, help="exact_match or box_iou")
     evaluate.add_argument(
-        "--data",
+        "--task", required=True, metavar="NAME", help="docs/evaluation.md lists them; vqav2, nocaps"
+    )
+    evaluate.add_argument(
+        "--annotations",
         type=Path,
         required=True,
-        metavar="BUILD",
-        help="build folder or JSON Lines file of conversations",
+        nargs="+",
+        metavar="FILE",
+        help="the task's official files; a build folder for exact_match and box_iou",
     )
-    evaluate.add_argument("--images", type=Path, required=True, metavar="DIR", help="image root")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N conversations")
+    evaluate.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     evaluate.add_argument("--batch-size", type=int, default=16, metavar="N", help="default 16")
-    evaluate.add_argument("--output", type=Path, metavar="FILE", help="predictions, JSON Lines")
+    evaluate.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="where the checkpoint holds none"
+    )
+    evaluate.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="predictions and reports; CHECKPOINT/evaluation/NAME by default",
+    )
 
     chat = _add(
         commands,

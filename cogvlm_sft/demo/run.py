@@ -177,23 +177,24 @@ def _score(checkpoint: Path, split: str) -> dict[str, dict[str, Any]]:
         task: evaluate_model(
             model,
             processor,
-            HOME / "data" / f"{split}_{task}",
-            HOME / "images",
             judge,
+            [HOME / "data" / f"{split}_{task}"],
+            HOME / "images",
             batch_size=64,
-            output=checkpoint / f"predictions_{split}_{task}.jsonl",
+            output=checkpoint / "evaluation" / f"{split}_{task}",
+            checkpoint=checkpoint,
         )
         for task, (judge, _, _) in TASKS.items()
     }
 
 
 def _figures(result: dict[str, Any]) -> dict[str, Any]:
-    low, high = result["interval"]
+    accuracy = result["figures"][0]
     return {
-        "accuracy": round(result["accuracy"], 4),
+        "accuracy": round(accuracy["value"] / 100, 4),
         "count": result["count"],
         "metric": result["metric"],
-        "interval": [round(low, 4), round(high, 4)],
+        "interval": [round(bound / 100, 4) for bound in accuracy["interval"]],
     }
 
 

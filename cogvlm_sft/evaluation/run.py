@@ -1,184 +1,363 @@
-"""Scoring a checkpoint on conversations that it has not seen.
+"""Scoring a checkpoint on a benchmark: questions in, predictions, upload file and report out.
 
-Every assistant turn of a conversation is one question, asked with the true earlier turns as its
-history, in the conversation's own prompt style. Notable choices: answers are greedy; the interval
-is a bootstrap over questions; the predictions file is written beside its name and renamed, so that
-a file that exists is whole.
+One call is one task. Started by `torchrun` or `accelerate launch`, the processes share the work,
+and the first of them writes the results. Notable choices: answers are appended while they are made
+and a restart goes on (`predictions.py`), so that a killed evaluation loses minutes; the task's own
+decoding is used and printed, there is no option to change it, since a score under another decoding
+is another benchmark.
 """
 
+import hashlib
 import json
 import os
-import random
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from cogvlm_sft.checkpoint.load import load_model, load_processor
-from cogvlm_sft.conversation import (
-    IMAGE_MARKER,
-    Conversation,
-    read_conversations,
-    resolve_image,
-    strip_marker,
-)
+from cogvlm_sft.conversation import strip_marker
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.generate import Request, generate_answers
-from cogvlm_sft.evaluation.tasks import find_task
+from cogvlm_sft.evaluation.metrics.intervals import Figure, value_and_interval
+from cogvlm_sft.evaluation.perplexity import PROTOCOL, read_texts, score_texts
+from cogvlm_sft.evaluation.predictions import Predictions, chunks, write_text
+from cogvlm_sft.evaluation.report import write_report
+from cogvlm_sft.evaluation.tasks import PERPLEXITY, Task, find_task
+from cogvlm_sft.evaluation.tasks.task import Judge, Question, judged_scores
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 
-_RESAMPLES = 1000
+_WINDOW = 1024
 
 
 def evaluate_checkpoint(
     checkpoint: Path | str,
-    build: Path | str,
-    image_root: Path | str,
     task: str,
+    annotations: Sequence[Path | str],
+    images: Path | str | None = None,
     *,
     limit: int | None = None,
     batch_size: int = 16,
     output: Path | str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
+    tokenizer: Path | str | None = None,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Loads a checkpoint and scores it; see `evaluate_model`.
+
+    Args:
+        checkpoint: Checkpoint folder.
+        output: Folder of the results; `CHECKPOINT/evaluation/TASK` where it is not given.
+        dtype: Of the weights; bfloat16 on a GPU and float32 on a CPU where it is not given.
+        tokenizer: Tokenizer folder, where the checkpoint holds none.
 
     Raises:
         CheckpointError: The checkpoint is missing or incomplete.
         DataError: The task is unknown, or a conversation or picture is not usable.
     """
-    find_task(task)
-    model = load_model(checkpoint, dtype=dtype)
-    processor = load_processor(checkpoint)
-    report = evaluate_model(
+    if task != PERPLEXITY:
+        find_task(task)
+    device = pick_device()
+    model = load_model(checkpoint, dtype=dtype or default_dtype(device)).to(device)
+    folder = Path(output) if output is not None else Path(checkpoint) / "evaluation" / task
+    return evaluate_model(
         model,
-        processor,
-        build,
-        image_root,
+        load_processor(checkpoint, tokenizer),
         task,
+        annotations,
+        images,
         limit=limit,
         batch_size=batch_size,
-        output=output,
+        output=folder,
+        judge=judge,
+        checkpoint=checkpoint,
     )
-    return {"checkpoint": str(checkpoint), **report}
 
 
 def evaluate_model(
     model: CogVLMForCausalLM,
     processor: CogVLMProcessor,
-    build: Path | str,
-    image_root: Path | str,
     task: str,
+    annotations: Sequence[Path | str],
+    images: Path | str | None = None,
     *,
     limit: int | None = None,
     batch_size: int = 16,
     output: Path | str | None = None,
+    judge: Judge | None = None,
+    checkpoint: Path | str | None = None,
 ) -> dict[str, Any]:
-    """Answers the questions of a build and judges them.
+    """Answers the questions of a task and scores the answers.
 
     Args:
-        build: Build folder, or a JSON Lines file of conversations.
-        image_root: What image paths are relative to.
-        task: Name in `tasks.TASKS`.
-        limit: Only the first so many conversations.
+        model, processor: Of one checkpoint.
+        task: Name in `tasks.TASKS`, or `text_perplexity`.
+        annotations: The official annotation files, or a build of ours.
+        images: Folder of the pictures; for a build, the image root. Text tasks need none.
+        limit: Only the first so many questions; no upload file is written then.
         batch_size: Questions generated at once.
-        output: Where to write predictions, one JSON object a line.
+        output: Folder of predictions.jsonl, the upload file, report.json and report.html; nothing
+            is written and nothing resumed without it.
+        judge: Grades answers of MM-Vet and LLaVA-Bench, which have no figures without it.
+        checkpoint: Where the model came from; a restart goes on only for the same.
 
     Returns:
-        task, metric, data, accuracy (0 to 1), interval (95 %, bootstrap over questions), count,
-        and `samples`: the first three predictions.
+        The report: task, protocol, count, figures with 95 % intervals, published figures, and
+        `samples`, the first three answers. On processes other than the first, an empty one.
 
     Raises:
-        DataError: No questions, or a conversation or picture is not usable.
+        DataError: No questions, or an annotation, picture or text is not usable.
     """
-    found = find_task(task)
+    paths = [Path(path) for path in annotations]
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}, expected 1 or more")
-    questions = list(_questions(Path(build), Path(image_root), limit))
+    if task == PERPLEXITY:
+        return _evaluate_text(model, processor, paths, limit, batch_size, output, checkpoint)
+    found = find_task(task)
+    if judge is not None and found.score is not None:
+        raise DataError(f"task {task} is scored by rules; it takes no judge")
+    questions = found.read(paths, Path(images) if images is not None else Path("."))[:limit]
     if not questions:
-        raise DataError(f"{build}: holds no conversation; nothing to evaluate")
-    with tqdm(total=len(questions), desc=f"{task}: answering", unit="question") as bar:
-        answers = generate_answers(
-            model,
-            processor,
-            [request for _, request, _ in questions],
-            batch_size=batch_size,
-            max_new_tokens=found.max_new_tokens,
-            on_batch=bar.update,
-        )
-    rows: list[dict[str, Any]] = []
-    for (identity, request, truth), prediction in zip(questions, answers, strict=True):
-        try:
-            right = found.judge(prediction, truth)
-        except ValueError as error:
-            raise DataError(f"{build}: {identity}: {error}") from None
+        raise DataError(f"{', '.join(map(str, paths))}: holds no question; nothing to evaluate")
+    process, processes = _process()
+    log = None
+    if output is not None:
+        run = {
+            "task": task,
+            "checkpoint": _identity(checkpoint),
+            "decoding": found.decoding,
+            "batch_size": batch_size,
+            "questions": _fingerprint(questions),
+        }
+        log = Predictions(Path(output), run, process=process)
+        if process == 0 and log.prepare() and (there := len(log.known())):
+            print(f"{task}: going on, {there} of {len(questions)} answers are there")
+    elif processes > 1:
+        raise DataError("several processes share their answers through files; give an output")
+    _wait(processes)
+    answers = _answers(model, processor, found, questions, batch_size, log, process, processes)
+    _wait(processes)
+    if process:
+        _wait(processes)  # until the first has written the results
+        return {}
+    if log is not None:
+        known = log.known()
+        answers = [known[question.id] for question in questions]
+    report = _report(found, questions, answers, paths, judge, checkpoint, limit)
+    if log is not None:
+        log.finish(report.pop("rows"))
+        if limit is None and found.upload is not None:
+            _write_upload(found, questions, answers, log.folder)
+        write_report(log.folder, [report])
+    else:
+        del report["rows"]
+    _wait(processes)
+    return report
+
+
+def _answers(
+    model: CogVLMForCausalLM,
+    processor: CogVLMProcessor,
+    task: Task,
+    questions: Sequence[Question],
+    batch_size: int,
+    log: Predictions | None,
+    process: int,
+    processes: int,
+) -> list[str]:
+    """Answers of this process's chunks that are not there yet; others stay empty."""
+    known = log.known() if log is not None else {}
+    answers = [known.get(question.id, "") for question in questions]
+    mine = chunks(questions, batch_size)[process::processes]
+    mine = [chunk for chunk in mine if any(questions[i].id not in known for i in chunk)]
+    with tqdm(
+        total=len(questions) if processes == 1 else sum(map(len, mine)),
+        initial=len(questions) - sum(map(len, mine)) if processes == 1 else 0,
+        desc=task.name,
+        unit="question",
+        disable=process != 0,
+    ) as bar:
+        for chunk in mine:
+            fresh = generate_answers(
+                model,
+                processor,
+                [_request(questions[index]) for index in chunk],
+                batch_size=batch_size,
+                max_new_tokens=task.max_new_tokens,
+                num_beams=task.num_beams,
+                on_batch=bar.update,
+            )
+            for index, text in zip(chunk, fresh, strict=True):
+                answers[index] = text
+            if log is not None:
+                log.append(
+                    (questions[i].id, answers[i]) for i in chunk if questions[i].id not in known
+                )
+    return answers
+
+
+def _request(question: Question) -> Request:
+    return Request(question.images, question.text, question.style, question.history)
+
+
+def _report(
+    task: Task,
+    questions: Sequence[Question],
+    answers: Sequence[str],
+    annotations: Sequence[Path],
+    judge: Judge | None,
+    checkpoint: Path | str | None,
+    limit: int | None,
+) -> dict[str, Any]:
+    scores = None
+    if all(question.truth is not None for question in questions):
+        if task.score is not None:
+            scores = task.score(questions, answers)
+        elif judge is not None:
+            scores = judged_scores(questions, answers, judge, "score")
+    rows = []
+    for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         rows.append(
             {
-                "id": identity,
-                "images": [str(image) for image in request.images],
-                "question": strip_marker(request.question),
-                "answer": truth,
-                "prediction": prediction,
-                "right": right,
+                "id": question.id,
+                "images": [str(path) for path in question.images],
+                "question": strip_marker(question.text),
+                "answer": question.shown,
+                "prediction": answer,
+                "group": question.group,
+                "score": float(scores.each[index]) if scores is not None else None,
             }
         )
-    if output is not None:
-        _write_rows(Path(output), rows)
-    scores = [bool(row["right"]) for row in rows]
     return {
-        "task": task,
-        "metric": found.metric,
-        "data": str(build),
-        "accuracy": sum(scores) / len(scores),
-        "interval": bootstrap_interval(scores),
-        "count": len(scores),
+        "task": task.name,
+        "title": task.title,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "annotations": [str(path) for path in annotations],
+        "limit": limit,
+        "prompt": task.prompt,
+        "decoding": task.decoding,
+        "post_processing": task.post_processing,
+        "metric": task.metric,
+        "count": len(questions),
+        "figures": _figures(scores.figures, len(questions)) if scores is not None else [],
+        "published": [asdict(one) for one in task.published],
         "samples": rows[:3],
+        "worst": _worst(rows) if scores is not None else [],
+        "rows": rows,
     }
 
 
-def bootstrap_interval(scores: list[bool], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean, by resampling questions with replacement."""
-    rng = random.Random(seed)
-    means = sorted(sum(rng.choices(scores, k=len(scores))) / len(scores) for _ in range(_RESAMPLES))
-    return means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]
+def _figures(figures: Sequence[Figure], count: int) -> list[dict[str, Any]]:
+    rows = []
+    for figure in figures:
+        value, (low, high) = value_and_interval(figure.statistic, count)
+        scale = figure.scale
+        rows.append(
+            {"name": figure.name, "value": value * scale, "interval": [low * scale, high * scale]}
+        )
+    return rows
 
 
-def _questions(
-    build: Path, image_root: Path, limit: int | None
-) -> Iterator[tuple[str, Request, str]]:
-    for number, conversation in enumerate(read_conversations(build)):
-        if limit is not None and number >= limit:
-            return
-        yield from _rounds(conversation, image_root)
+def _worst(rows: Sequence[dict[str, Any]], count: int = 24) -> list[dict[str, Any]]:
+    """The lowest scores; among equals, spread over the whole set by a hash of the id."""
+
+    def rank(row: dict[str, Any]) -> tuple[float, str]:
+        return row["score"], hashlib.sha256(row["id"].encode()).hexdigest()
+
+    return sorted((row for row in rows if row["score"] < 1), key=rank)[:count]
 
 
-def _rounds(conversation: Conversation, image_root: Path) -> Iterator[tuple[str, Request, str]]:
-    images = [resolve_image(image_root, path, conversation.id) for path in conversation.images]
-    history: list[tuple[str, str]] = []
-    shown = 0
-    for number, (asked, answered) in enumerate(conversation.rounds()):
-        shown += asked.content.count(IMAGE_MARKER)
-        # The marker stays: the picture stands where training put it, before its own round.
-        question = asked.content.strip()
-        if answered.train:
-            yield (
-                f"{conversation.id}#{number}",
-                Request(
-                    images=tuple(images[:shown]),
-                    question=question,
-                    style=conversation.style,
-                    history=tuple(history),
-                ),
-                answered.content.strip(),
-            )
-        history.append((question, answered.content.strip()))
+def _evaluate_text(
+    model: CogVLMForCausalLM,
+    processor: CogVLMProcessor,
+    paths: Sequence[Path],
+    limit: int | None,
+    batch_size: int,
+    output: Path | str | None,
+    checkpoint: Path | str | None,
+) -> dict[str, Any]:
+    if _process()[1] > 1:
+        raise DataError(f"{PERPLEXITY} runs in one process")
+    texts = read_texts(paths)[:limit]
+    length = min(_WINDOW, model.config.max_position_embeddings)
+    figures, windows = score_texts(
+        model, processor, texts, max_length=length, batch_size=batch_size
+    )
+    report = {
+        "task": PERPLEXITY,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "annotations": [str(path) for path in paths],
+        "limit": limit,
+        **PROTOCOL,
+        "decoding": f"{PROTOCOL['decoding']}, in windows of {length} tokens",
+        "count": len(windows),
+        "figures": _figures(figures, len(windows)),
+        "published": [],
+        "samples": [],
+        "worst": [],
+    }
+    if output is not None:
+        lines = "".join(json.dumps(window) + "\n" for window in windows)
+        write_text(Path(output) / "windows.jsonl", lines)
+        write_report(Path(output), [report])
+    return report
 
 
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+def _write_upload(
+    task: Task, questions: Sequence[Question], answers: Sequence[str], folder: Path
+) -> None:
+    assert task.upload is not None
+    content = task.upload(questions, answers)
+    if task.upload_name.endswith(".jsonl"):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+    else:
+        text = json.dumps(content, ensure_ascii=False) + "\n"
+    write_text(folder / task.upload_name, text)
+
+
+def pick_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def default_dtype(device: torch.device) -> str:
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 can be forty times slower."""
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def _process() -> tuple[int, int]:
+    """Number of this process and how many there are, as torchrun and accelerate tell."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _wait(processes: int) -> None:
+    """Until all processes are here."""
+    if processes > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+
+
+def _identity(checkpoint: Path | str | None) -> Any:
+    """What tells one state of a checkpoint folder from another: its weight files."""
+    if checkpoint is None:
+        return None
+    folder = Path(checkpoint)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
+    return [
+        str(folder.resolve()),
+        *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files),
+    ]
+
+
+def _fingerprint(questions: Sequence[Question]) -> str:
+    digest = hashlib.sha256()
+    for question in questions:
+        parts = (question.id, question.text, question.style, question.images, question.history)
+        digest.update(repr(parts).encode())
+    return digest.hexdigest()

@@ -1,100 +1,182 @@
-"""Metrics on figures worked out by hand, and their properties on generated boxes."""
+"""Scorers against the official ones: values that visualqa.org's and pycocoevalcap's code printed.
 
+`golden/captions.json` was written by pycocoevalcap 1.2 under Java 17: captions with what its
+tokenizer made of them, and two sets of predictions with CIDEr, BLEU and ROUGE-L.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from cogvlm_sft.evaluation.metrics import (
-    box_match,
+from cogvlm_sft.evaluation.metrics.captions import bleu, bleu_counts, cider_d, rouge_l, tokenize
+from cogvlm_sft.evaluation.metrics.exact import (
     exact_match,
-    intersection_over_union,
-    merge_boxes,
-    parse_boxes,
+    gqa_match,
+    lower_match,
+    option_letter,
+    pope_answer,
 )
-from cogvlm_sft.evaluation.run import bootstrap_interval
+from cogvlm_sft.evaluation.metrics.intervals import mean_of, mean_within, value_and_interval
+from cogvlm_sft.evaluation.metrics.types import mean_per_type
+from cogvlm_sft.evaluation.metrics.vqa import normalize, vqa_accuracy
+
+GOLDEN = json.loads((Path(__file__).parent / "golden/captions.json").read_text(encoding="utf-8"))
 
 
-def _ordered(values: tuple[int, int, int, int]) -> tuple[float, float, float, float]:
-    x0, y0, x1, y1 = values
-    return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
+def test_tokens_equal_the_java_tokenizer() -> None:
+    wrong = [(text, tokenize(text), java) for text, java in GOLDEN["tokenizer"]
+             if tokenize(text) != java]  # fmt: skip
+    assert not wrong, wrong[:5]
+    assert len(GOLDEN["tokenizer"]) > 1000
 
 
-coordinate = st.integers(0, 999)
-box = st.tuples(coordinate, coordinate, coordinate, coordinate).map(_ordered)
+@pytest.mark.parametrize("name", ["toy", "made"])
+def test_caption_scores_equal_pycocoevalcap(name: str) -> None:
+    golden = GOLDEN["sets"][name]
+    references = [[tokenize(text) for text in group] for group in golden["gts"].values()]
+    predictions = [tokenize(text) for text in golden["res"].values()]
+    official = golden["official"]
+    np.testing.assert_allclose(
+        cider_d(predictions, references), official["per_image"], rtol=0, atol=1e-9
+    )
+    found = bleu(bleu_counts(predictions, references))
+    assert found == pytest.approx(official["BLEU"], abs=1e-9)
+    assert rouge_l(predictions, references).mean() == pytest.approx(official["ROUGE_L"], abs=1e-9)
+
+
+def test_the_toy_set_scores_what_the_fact_says() -> None:
+    assert GOLDEN["sets"]["toy"]["official"]["CIDEr"] == pytest.approx(2.573301, abs=1e-6)
+
+
+def test_a_single_picture_has_no_cider_and_an_empty_caption_scores_nothing() -> None:
+    assert cider_d(["a cat"], [["a cat"]])[0] == 0
+    references = [["a cat sits", "one cat"], ["a dog runs", "two dogs"]]
+    assert cider_d(["", "a dog runs"], references)[0] == 0
+    assert rouge_l([""], [["a cat"]])[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answer", "right"),
+    ("answer", "official", "evalai"),
     [
-        ("7", "7", True),
-        (" A cat. ", "a cat", True),
-        ("a  cat", "a cat", True),
-        ("", "7", False),
-        ("77", "7", False),
-        ("1.5", "15", False),
+        ("1,000", "1000", None),
+        ("2:50 pm", "2:50 pm", None),
+        ("girl's", "girl's", "girl 's"),
+        ("Mc Donald's", "mc donald's", "mc donald 's"),
+        ("dont", "don't", None),
+        ("U.S.A.", "usa", None),
+        ("3.5", "3.5", None),
+        ("No. 5", "no 5", None),
+        ("-5", "5", None),
+        ("none", "0", None),
+        ("t-shirt", "t shirt", None),
+        ("yes, it is", "yes it is", None),
+        ("$5", "$5", None),
+        ("10%", "10%", None),
+        ("a  Two dogs", "2 dogs", None),
+        ("Im", "im", None),
+        ("somebody'd", "somebodyd", None),
+        ("shouldnt've", "shouldn't've", None),
+        ("." * 33, ".", None),
+        ("", "", None),
     ],
 )
-def test_exact_match(prediction: str, answer: str, right: bool) -> None:
-    assert exact_match(prediction, answer) is right
+def test_answers_are_cleaned_as_officially(answer: str, official: str, evalai: str | None) -> None:
+    assert normalize(answer) == official
+    assert normalize(answer, "evalai") == (official if evalai is None else evalai)
 
 
-def test_boxes_of_one_thing_are_parsed_and_merged() -> None:
-    found = parse_boxes("The dogs [[010,020,030,040;050,060,070,080]] sit.")
-    assert found == [(10, 20, 30, 40), (50, 60, 70, 80)]
-    assert merge_boxes(found) == (10, 20, 70, 80)
+@pytest.mark.parametrize(("equal", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0)])
+def test_equal_humans_of_ten(equal: int, score: float) -> None:
+    humans = ["red"] * equal + ["blue"] * (10 - equal)
+    assert vqa_accuracy("red", humans) == pytest.approx(score)
+    assert vqa_accuracy("Red", humans, "evalai") == pytest.approx(score)
+
+
+def test_unanimous_answers_are_not_cleaned_by_the_official_scorer() -> None:
+    assert vqa_accuracy("Yes", ["yes"] * 10) == 0
+    assert vqa_accuracy("yes", ["Yes."] * 10) == 0
+    assert vqa_accuracy("yes", ["Yes."] * 9 + ["no"]) == 1
+    assert vqa_accuracy("Yes", ["yes"] * 10, "evalai") == 1
+    assert vqa_accuracy("", ["yes"] * 10) == 0
+    with pytest.raises(ValueError, match="no human answer"):
+        vqa_accuracy("yes", [])
 
 
 @pytest.mark.parametrize(
-    "text", ["", "red", "[[1,2,3]]", "[[1,2,3,4", "[[1,2,3,4;5,6]]", "[[1,2,3,4000]]", "[1,2,3,4]"]
+    ("prediction", "answer", "exact", "gqa", "lower"),
+    [
+        ("7", "7", True, True, True),
+        (" A cat. ", "a cat", True, True, False),
+        ("a  cat", "a cat", True, False, False),
+        ("", "7", False, False, False),
+        ("77", "7", False, False, False),
+        ("1.5", "15", False, False, False),
+        ("Cat", "cat", True, True, True),
+    ],
 )
-def test_what_is_no_box_gives_none_and_counts_as_wrong(text: str) -> None:
-    assert parse_boxes(text) == []
-    assert box_match(text, "[[000,000,500,500]]") is False
+def test_exact_matches(prediction: str, answer: str, exact: bool, gqa: bool, lower: bool) -> None:
+    found = (exact_match(prediction, answer), gqa_match(prediction, answer))
+    assert (*found, lower_match(prediction, answer)) == (exact, gqa, lower)
 
 
-def test_a_swapped_corner_is_put_in_order() -> None:
-    assert parse_boxes("[[300,400,100,200]]") == [(100, 200, 300, 400)]
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        ("B", "B"),
+        (" B ", "B"),
+        ("B. because it is red", "B"),
+        ("The answer is C.", "C"),
+        ("I think. The answer is A. Yes", "A"),
+        ("E", None),
+        ("b", None),
+        ("Because", None),
+        ("", None),
+        ("The answer is A. The answer is B.", None),
+    ],
+)
+def test_option_letters(prediction: str, letter: str | None) -> None:
+    assert option_letter(prediction, 4) == letter
 
 
-def test_overlap_of_exactly_one_half_is_a_miss() -> None:
-    # 100 x 100 inside 100 x 200: the overlap is exactly one half.
-    assert intersection_over_union((0, 0, 100, 100), (0, 0, 100, 200)) == 0.5
-    assert box_match("[[000,000,100,100]]", "[[000,000,100,200]]") is False
-    assert box_match("[[000,000,100,101]]", "[[000,000,100,200]]") is True
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        ("Yes", "yes"),
+        ("No, there is none.", "no"),
+        ("There is not a cat", "no"),
+        ("Yes. There is no dog.", "yes"),
+        ("", "yes"),
+        ("Nope", "yes"),
+        ("NO", "yes"),
+        ("I see, no", "no"),
+    ],
+)
+def test_pope_reads_only_the_first_sentence(prediction: str, answer: str) -> None:
+    assert pope_answer(prediction) == answer
 
 
-def test_a_true_answer_without_a_box_is_an_error() -> None:
-    with pytest.raises(ValueError, match="holds no box"):
-        box_match("[[000,000,100,100]]", "red")
+def test_means_per_type_by_hand() -> None:
+    right = [1, 1, 1, 0, 1, 0]
+    kinds = ["color", "color", "color", "color", "count", "count"]
+    answers = ["red", "red", "red", "blue", "1", "2"]
+    everything = np.arange(6)
+    assert mean_per_type(right, kinds, harmonic=False)(everything) == pytest.approx(0.625)
+    assert mean_per_type(right, kinds, harmonic=True)(everything) == pytest.approx(0.6)
+    # By answer: red 1, blue 0; 1 right, 2 wrong.
+    plain = mean_per_type(right, kinds, harmonic=False, answers=answers)
+    assert plain(everything) == pytest.approx(0.5)
+    assert mean_per_type([1, 0], ["a", "b"], harmonic=True)(np.arange(2)) == 0
 
 
-@given(box, box)
-def test_overlap_is_symmetric_and_between_zero_and_one(
-    one: tuple[float, float, float, float], other: tuple[float, float, float, float]
-) -> None:
-    overlap = intersection_over_union(one, other)
-    assert 0 <= overlap <= 1
-    assert overlap == intersection_over_union(other, one)
-
-
-@given(box)
-def test_a_box_overlaps_itself_wholly(one: tuple[float, float, float, float]) -> None:
-    empty = one[0] == one[2] or one[1] == one[3]
-    assert intersection_over_union(one, one) == (0 if empty else 1)
-
-
-@given(st.lists(box, min_size=1, max_size=4))
-def test_written_boxes_are_read_back(boxes: list[tuple[float, float, float, float]]) -> None:
-    text = ";".join(",".join(f"{int(value):03d}" for value in one) for one in boxes)
-    assert parse_boxes(f"[[{text}]]") == boxes
-    merged = merge_boxes(boxes)
-    assert merged is not None
-    assert all(intersection_over_union(one, merged) <= 1 for one in boxes)
-    assert all(merged[0] <= one[0] and one[2] <= merged[2] for one in boxes)
-
-
-def test_interval_holds_the_mean_and_repeats() -> None:
-    scores = [True] * 80 + [False] * 20
-    low, high = bootstrap_interval(scores)
+def test_intervals_hold_the_value_and_repeat() -> None:
+    scores = [1.0] * 80 + [0.0] * 20
+    value, (low, high) = value_and_interval(mean_of(scores), 100)
+    assert value == 0.8
     assert 0.7 < low < 0.8 < high < 0.9
-    assert (low, high) == bootstrap_interval(scores)
+    assert (value, (low, high)) == value_and_interval(mean_of(scores), 100)
+    inside = mean_within(scores, ["a"] * 80 + ["b"] * 20, "b")
+    assert value_and_interval(inside, 100)[0] == 0
+    assert math.isnan(mean_within([1.0], ["a"], "b")(np.arange(1)))

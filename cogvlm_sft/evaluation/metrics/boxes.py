@@ -1,9 +1,9 @@
-"""Scores: exact match, and boxes by intersection over union.
+"""Boxes in answers: reading them, merging them, and the overlap of two.
 
-Pure functions of strings and numbers, without torch. Notable choices: several boxes in one answer
-are merged into the smallest box around them, and a hit is an overlap strictly above one half, which
-is how the authors of CogVLM score RefCOCO (THUDM/CogVLM issue 127); an answer that holds no box
-counts as wrong and never as missing, so that the denominator is the number of questions.
+Notable choices: several boxes in one answer are merged into the smallest box around them, and a hit
+is an overlap strictly above one half, which is how the authors of CogVLM score RefCOCO
+(THUDM/CogVLM issue 127; Qwen-VL and lmms-eval count one half itself as a hit); an answer that holds
+no box counts as wrong and never as missing, so that the denominator is the number of questions.
 """
 
 import re
@@ -13,20 +13,6 @@ Box = tuple[float, float, float, float]
 
 _GROUP = re.compile(r"\[\[(?P<boxes>[^\[\]]*)\]\]")
 _BOX = re.compile(r"\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*")
-
-
-def normalize_answer(text: str) -> str:
-    """Strips the ends, one final full stop, doubled spaces and letter case.
-
-    Args:
-        text: An answer, the model's or the true one.
-    """
-    return " ".join(text.split()).removesuffix(".").rstrip().casefold()
-
-
-def exact_match(prediction: str, answer: str) -> bool:
-    """Whether two answers are the same text after `normalize_answer`."""
-    return normalize_answer(prediction) == normalize_answer(answer)
 
 
 def parse_boxes(text: str) -> list[Box]:
@@ -89,6 +75,26 @@ def box_match(prediction: str, answer: str, threshold: float = 0.5) -> bool:
         raise ValueError(f"the true answer {answer!r} holds no box [[x0,y0,x1,y1]]")
     found = merge_boxes(parse_boxes(prediction))
     return found is not None and intersection_over_union(found, truth) > threshold
+
+
+def write_box(box: Box, width: float, height: float) -> str:
+    """A box in pixels as CogVLM writes it: three digits each, thousandths of the picture's sides.
+
+    Args:
+        box: x0, y0, x1, y1 in pixels.
+        width, height: Of the picture, in pixels.
+    """
+    sides = (width, height, width, height)
+    thousandths = [
+        min(999, max(0, int(value / side * 1000))) for value, side in zip(box, sides, strict=True)
+    ]
+    return "[[" + ",".join(f"{value:03d}" for value in thousandths) + "]]"
+
+
+def to_pixels(box: Box, width: float, height: float) -> Box:
+    """A box in thousandths as pixels of a picture; the authors divide by 1000."""
+    x0, y0, x1, y1 = box
+    return x0 / 1000 * width, y0 / 1000 * height, x1 / 1000 * width, y1 / 1000 * height
 
 
 def _area(box: Box) -> float:

@@ -1,0 +1,45 @@
+"""Boxes drawn on pictures, for the report, the chat and the page."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw
+
+from cogvlm_sft.evaluation.metrics.boxes import Box, to_pixels
+
+# Distinct for readers who do not tell red from green, on light and dark pictures.
+PREDICTED, TRUE = "#e4572e", "#17bebb"
+
+
+def draw_boxes(
+    picture: Image.Image, boxes: Sequence[tuple[Box, str, str]], *, longest_side: int | None = None
+) -> Image.Image:
+    """A copy of a picture with boxes on it.
+
+    Args:
+        picture: Any size; it is not changed.
+        boxes: (box in thousandths, colour, label) of each; an empty label writes none.
+        longest_side: Shrink the copy to at most this many pixels first.
+    """
+    drawn = picture.convert("RGB")
+    if longest_side is not None and max(drawn.size) > longest_side:
+        drawn.thumbnail((longest_side, longest_side))
+    elif drawn is picture:
+        drawn = drawn.copy()
+    canvas = ImageDraw.Draw(drawn)
+    width, height = drawn.size
+    line = max(2, round(min(width, height) / 150))
+    for box, colour, label in boxes:
+        x0, y0, x1, y1 = to_pixels(box, width, height)
+        # An outline outside the picture would be cut off.
+        right, bottom = min(width - 1, x1), min(height - 1, y1)
+        canvas.rectangle(
+            (x0, y0, max(x0 + 1, right), max(y0 + 1, bottom)), outline=colour, width=line
+        )
+        if label:
+            size = max(10, round(min(width, height) / 28))
+            left, top, right, bottom = canvas.textbbox(
+                (x0 + line, y0 + line), label, font_size=size
+            )
+            canvas.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=colour)
+            canvas.text((x0 + line, y0 + line), label, fill="white", font_size=size)
+    return drawn

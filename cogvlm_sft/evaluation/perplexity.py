@@ -1,0 +1,128 @@
+"""Text ability without generation: how well a model predicts plain text.
+
+Perplexity over tokens, bits per byte (which compares models with different tokenizers), and the
+share of tokens that the model would have written itself. Before and after alignment on the same
+text, these tell whether teaching pictures cost language. Notable choices: text is read without any
+prompt; documents are cut into windows of `max_length` tokens that each begin with BOS, so that
+every token but a window's first is predicted once with the context of its window; the intervals
+resample windows, within which tokens depend on each other.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from cogvlm_sft.errors import DataError
+from cogvlm_sft.evaluation.generate import evaluation_mode
+from cogvlm_sft.evaluation.metrics.intervals import Figure
+from cogvlm_sft.evaluation.tasks.task import field_of, load_json_lines
+from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
+
+PROTOCOL = {
+    "title": "Plain text",
+    "prompt": "none: BOS and the text",
+    "decoding": "none: every token is predicted from the true ones before it",
+    "post_processing": "none",
+    "metric": "perplexity over tokens, bits per byte of UTF-8, share of tokens predicted first",
+}
+
+
+def read_texts(paths: Sequence[Path]) -> list[str]:
+    """The documents of text files (one each) and of JSON Lines with a `text` field.
+
+    Raises:
+        DataError: A file cannot be read, a line has no text, or there is none at all.
+    """
+    texts: list[str] = []
+    for path in paths:
+        if path.suffix == ".jsonl":
+            rows = enumerate(load_json_lines(path), start=1)
+            texts += [str(field_of(row, "text", f"{path}:{number}")) for number, row in rows]
+            continue
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise DataError(f"{', '.join(map(str, paths))}: no text in it")
+    return texts
+
+
+def score_texts(
+    model: CogVLMForCausalLM,
+    processor: CogVLMProcessor,
+    texts: Sequence[str],
+    *,
+    max_length: int = 1024,
+    batch_size: int = 8,
+) -> tuple[list[Figure], list[dict[str, Any]]]:
+    """The figures of plain text.
+
+    Args:
+        model: Put into evaluation mode for the call and back afterwards.
+        processor: The model's own; its tokenizer is used.
+        texts: Documents.
+        max_length: Tokens of a window, BOS included.
+        batch_size: Windows at once.
+
+    Returns:
+        The figures, as functions of window numbers, and one row a window: its document, tokens,
+        loss (nats, summed), bytes, and how many tokens were predicted first.
+
+    Raises:
+        DataError: `max_length` below 2, or above the model's positions.
+    """
+    most = model.config.max_position_embeddings
+    if not 2 <= max_length <= most:
+        raise DataError(f"max_length is {max_length}, expected 2 to {most} (the model's positions)")
+    rows, windows = [], []
+    for number, text in enumerate(texts):
+        # A document that holds "</s>" holds four characters, not the end of the sequence.
+        ids = processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        ids = ids["input_ids"]
+        for start in range(0, len(ids), max_length - 1):
+            piece = ids[start : start + max_length - 1]
+            windows.append([processor.tokenizer.bos_token_id, *piece])
+            share = len(text.encode()) * len(piece) / len(ids)
+            rows.append({"document": number, "tokens": len(piece), "bytes": share})
+    order = sorted(range(len(windows)), key=lambda index: -len(windows[index]))
+    with (
+        evaluation_mode(model),
+        torch.inference_mode(),
+        tqdm(total=len(windows), desc="text_perplexity", unit="window") as bar,
+    ):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = [
+                {"input_ids": windows[i], "token_type_ids": [0] * len(windows[i])} for i in chosen
+            ]
+            inputs = processor.pad(batch, side="right")
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            logits = model(**inputs).logits[:, :-1].float()
+            targets = inputs["input_ids"][:, 1:]
+            kept = inputs["attention_mask"][:, 1:].bool()
+            losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            first = logits.argmax(-1) == targets
+            for index, loss, hit, mine in zip(chosen, losses, first, kept, strict=True):
+                rows[index]["loss"] = loss[mine].double().sum().item()
+                rows[index]["predicted"] = int(hit[mine].sum())
+            bar.update(len(chosen))
+    return _figures(rows), rows
+
+
+def _figures(rows: Sequence[dict[str, Any]]) -> list[Figure]:
+    def column(name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows], dtype=np.float64)
+
+    loss, tokens, size, hits = map(column, ("loss", "tokens", "bytes", "predicted"))
+    return [
+        Figure("perplexity", lambda i: float(np.exp(loss[i].sum() / tokens[i].sum())), 1.0),
+        Figure("bits per byte", lambda i: float(loss[i].sum() / np.log(2) / size[i].sum()), 1.0),
+        Figure("tokens predicted first", lambda i: float(hits[i].sum() / tokens[i].sum())),
+    ]

@@ -1,0 +1,227 @@
+"""Answers that are boxes: RefCOCO, RefCOCO+, RefCOCOg and Visual7W pointing.
+
+A phrase is asked for with a sentence of the released grounding templates in the `base` template. A
+hit is IoU strictly above one half between the true box and the smallest box around all boxes of
+the answer, both in pixels of the picture (THUDM/CogVLM issue 127); an answer without a box is
+wrong. The denominator is the number of sentences. `refs(*).p` are pickles: they are read by an
+unpickler that makes plain lists, dictionaries, strings and numbers only.
+"""
+
+import io
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cogvlm_sft.errors import DataError
+from cogvlm_sft.evaluation.metrics.boxes import (
+    Box,
+    intersection_over_union,
+    merge_boxes,
+    parse_boxes,
+    to_pixels,
+    write_box,
+)
+from cogvlm_sft.evaluation.metrics.intervals import Figure, mean_of, mean_within
+from cogvlm_sft.evaluation.tasks import published
+from cogvlm_sft.evaluation.tasks.choices import visual7w_pairs
+from cogvlm_sft.evaluation.tasks.task import (
+    Pictures,
+    Question,
+    Scores,
+    Task,
+    field_of,
+    load_json,
+    one_file,
+)
+
+_IOU = 0.5
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads containers, strings and numbers; refuses every class and function."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise DataError(f"the pickle asks for {module}.{name}, which could run code; refused")
+
+
+def read_refs(path: Path) -> list[dict[str, Any]]:
+    """The references of a RefCOCO file, pickled or as JSON.
+
+    Raises:
+        DataError: The file is missing, damaged, or asks for classes.
+    """
+    if path.suffix == ".json":
+        return list(load_json(path))
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return list(_PlainUnpickler(io.BytesIO(data), encoding="latin-1").load())
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise DataError(f"{path}: cannot be read as a pickle: {error}") from None
+
+
+def _refcoco(paths: Sequence[Path], images: Path) -> list[Question]:
+    """Every sentence of the parts that are not for training; the group is the part."""
+    if len(paths) != 2:
+        raise DataError(f"RefCOCO takes refs(*).p and instances.json, found {len(paths)} file(s)")
+    instances_path = next((path for path in paths if "instances" in path.name), None)
+    if instances_path is None:
+        raise DataError(f"no instances.json among {', '.join(path.name for path in paths)}")
+    refs = read_refs(next(path for path in paths if path != instances_path))
+    instances = load_json(instances_path)
+    boxes = {row["id"]: row["bbox"] for row in field_of(instances, "annotations", "instances.json")}
+    sizes = {row["id"]: row for row in field_of(instances, "images", "instances.json")}
+    pictures = Pictures(images)
+    questions = []
+    for ref in refs:
+        if ref["split"] == "train":
+            continue
+        where = f"reference {ref['ref_id']}"
+        size = field_of(sizes, ref["image_id"], where) if ref["image_id"] in sizes else None
+        if size is None or ref["ann_id"] not in boxes:
+            raise DataError(f"{where}: its picture or box is not in {instances_path}")
+        x, y, width, height = boxes[ref["ann_id"]]
+        box = (x, y, x + width, y + height)
+        file = pictures.find(size["file_name"], where=where)
+        for sentence in ref["sentences"]:
+            questions.append(
+                Question(
+                    id=str(sentence["sent_id"]),
+                    images=(file,),
+                    text=f"Where is {sentence['sent']}? answer in [[x0,y0,x1,y1]] format.",
+                    style="base",
+                    truth={"box": box, "width": size["width"], "height": size["height"]},
+                    shown=write_box(box, size["width"], size["height"]),
+                    group=ref["split"],
+                    upload={"ref_id": ref["ref_id"], "sent_id": sentence["sent_id"]},
+                )
+            )
+    if not questions:
+        raise DataError(f"{paths[0]}: holds training references only")
+    return questions
+
+
+def predicted_box(question: Question, answer: str) -> Box | None:
+    """The box of an answer in pixels of its picture; None where there is none."""
+    merged = merge_boxes(parse_boxes(answer))
+    truth = question.truth
+    return None if merged is None else to_pixels(merged, truth["width"], truth["height"])
+
+
+def _refcoco_score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
+    each = []
+    for question, answer in zip(questions, answers, strict=True):
+        box = predicted_box(question, answer)
+        overlap = intersection_over_union(box, question.truth["box"]) if box else 0.0
+        each.append(float(overlap > _IOU))
+    parts = [question.group for question in questions]
+    figures = [
+        Figure(f"accuracy, {part}", mean_within(each, parts, part)) for part in sorted(set(parts))
+    ]
+    return Scores(figures, each)
+
+
+def _pointing(paths: Sequence[Path], images: Path) -> list[Question]:
+    content = load_json(one_file(paths, "visual7w_pointing"))
+    boxes = {
+        row["box_id"]: (row["x"], row["y"], row["x"] + row["width"], row["y"] + row["height"])
+        for row in field_of(content, "boxes", "Visual7W pointing")
+    }
+    pictures = Pictures(images)
+    sizes: dict[Path, tuple[int, int]] = {}
+    questions = []
+    for picture, pair in visual7w_pairs(content):
+        file = pictures.find(picture["filename"], where=f"question {pair['qa_id']}")
+        if file not in sizes:
+            with Image.open(file) as opened:
+                sizes[file] = opened.size
+        width, height = sizes[file]
+        candidates = [pair["answer"], *pair["multiple_choices"]]
+        questions.append(
+            Question(
+                id=str(pair["qa_id"]),
+                images=(file,),
+                text=f"{pair['question']} answer in [[x0,y0,x1,y1]] format.",
+                style="base",
+                truth={
+                    "candidates": {str(one): boxes[one] for one in sorted(candidates)},
+                    "right": str(pair["answer"]),
+                    "width": width,
+                    "height": height,
+                },
+                shown=write_box(boxes[pair["answer"]], width, height),
+                upload={"qa_id": pair["qa_id"]},
+            )
+        )
+    return questions
+
+
+def chosen_candidate(question: Question, answer: str) -> str | None:
+    """The candidate box that an answer overlaps most; None without a box or any overlap."""
+    box = predicted_box(question, answer)
+    if box is None:
+        return None
+    overlaps = {
+        name: intersection_over_union(box, candidate)
+        for name, candidate in question.truth["candidates"].items()
+    }
+    best = max(overlaps, key=lambda name: overlaps[name])
+    return best if overlaps[best] > 0 else None
+
+
+def _pointing_score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
+    each = [
+        float(chosen_candidate(question, answer) == question.truth["right"])
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    return Scores([Figure("accuracy", mean_of(each))], each)
+
+
+def _refcoco_rows(questions: Sequence[Question], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """No official format exists: the sentence, the answer, and its box as x, y, width, height."""
+    rows = []
+    for question, answer in zip(questions, answers, strict=True):
+        box = predicted_box(question, answer)
+        xywh = [box[0], box[1], box[2] - box[0], box[3] - box[1]] if box else None
+        rows.append({**question.upload, "answer": answer, "bbox": xywh})
+    return rows
+
+
+def _pointing_rows(questions: Sequence[Question], answers: Sequence[str]) -> list[dict[str, Any]]:
+    pairs = zip(questions, answers, strict=True)
+    return [
+        {**question.upload, "answer": answer, "box_id": chosen_candidate(question, answer)}
+        for question, answer in pairs
+    ]
+
+
+def _task(name: str, title: str, refs: str, figures: tuple[published.Published, ...]) -> Task:
+    return Task(
+        name, title, f"{refs} and instances.json", _refcoco,
+        "base template: Where is {sentence}? answer in [[x0,y0,x1,y1]] format.",
+        "all [[...]] boxes of the answer merged into one, thousandths turned into pixels",
+        "share of sentences with IoU > 0.5, for every part of the file", _refcoco_score, 48,
+        published=figures, upload_name=f"{name}_results.json", upload=_refcoco_rows,
+    )  # fmt: skip
+
+
+TASKS = (
+    _task("refcoco", "RefCOCO", "refs(unc).p", published.REFCOCO),
+    _task("refcoco+", "RefCOCO+", "refs(unc).p", published.REFCOCO_PLUS),
+    _task("refcocog", "RefCOCOg", "refs(umd).p", published.REFCOCOG),
+    Task(
+        "visual7w_pointing", "Visual7W, pointing (test)", "dataset_v7w_pointing.json", _pointing,
+        "base template: {question} answer in [[x0,y0,x1,y1]] format.",
+        "the answer's boxes merged; the candidate with the largest IoU is chosen",
+        "share of questions whose candidate is the right one of four", _pointing_score, 48,
+        published=published.VISUAL7W,
+        upload_name="visual7w_pointing_results.json", upload=_pointing_rows,
+    ),
+)  # fmt: skip

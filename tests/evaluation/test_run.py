@@ -1,0 +1,194 @@
+"""Runs: resumed after a kill, shared by processes, reported; the files come out the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cogvlm_sft.errors import CheckpointError, DataError
+from cogvlm_sft.evaluation import run
+from cogvlm_sft.evaluation.generate import Request, generate_answers
+from cogvlm_sft.evaluation.run import evaluate_checkpoint, evaluate_model
+from cogvlm_sft.evaluation.tasks import TASKS, find_task
+from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
+
+from .official_files import make
+
+Tiny = tuple[CogVLMForCausalLM, CogVLMProcessor]
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "predictions.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_score_is_the_share_of_right_answers(tiny: Tiny, tmp_path: Path) -> None:
+    files, images = make("exact_match", tmp_path)
+    first = Request((images / "a.jpg",), "<image>\nWhat digit is this?", "chat")
+    own = generate_answers(*tiny, [first], max_new_tokens=find_task("exact_match").max_new_tokens)
+    record = json.loads(files[0].read_text().splitlines()[0])
+    record["messages"][1]["content"] = own[0] or "nothing"
+    files[0].write_text(json.dumps(record) + "\n")
+    report = evaluate_model(*tiny, "exact_match", files, images, output=tmp_path / "out")
+    assert own[0], "the tiny model says nothing; choose another seed"
+    assert report["figures"][0]["value"] == 50
+    assert report["count"] == 2
+    assert [row["score"] for row in _rows(tmp_path / "out")] == [1, 0]
+    assert report["samples"][0]["prediction"] == own[0]
+
+
+@pytest.mark.parametrize("name", [n for n in TASKS if n not in ("mm_vet", "llava_bench")])
+def test_every_task_runs_to_a_report(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    files, images = make(name, tmp_path)
+    report = evaluate_model(*tiny, name, files, images, output=tmp_path / "out")
+    assert report == json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert TASKS[name].title.replace("&", "&amp;") in page
+    assert all(figure["interval"][0] <= figure["interval"][1] for figure in report["figures"])
+    upload = TASKS[name].upload_name
+    assert (tmp_path / "out" / upload).is_file() == bool(upload) or not upload
+    assert not list((tmp_path / "out").glob("*partial*"))
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_and_writes_the_same_file(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, images = make("text_exact_match", tmp_path)
+    rows = [{"question": f"{'long ' * (n % 5)}question {n}?", "answer": "x"} for n in range(40)]
+    files[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def evaluate(output: str) -> dict[str, Any]:
+        return evaluate_model(
+            *tiny, "text_exact_match", files, images, batch_size=2, output=tmp_path / output
+        )
+
+    whole = evaluate("whole")
+    asked: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> list[str]:
+        if len(asked) == 1 and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            raise _Killed
+        asked.append(len(arguments[2]))
+        return generate_answers(*arguments, **options)
+
+    monkeypatch.setattr(run, "generate_answers", counted)
+    with pytest.raises(_Killed):
+        evaluate("resumed")
+    log = next((tmp_path / "resumed").glob("*.partial.jsonl"))
+    with log.open("ab") as stream:
+        stream.write(b'{"id": "line 3", "predic')  # what a kill in the middle of a write leaves
+    assert not (tmp_path / "resumed/predictions.jsonl").exists()
+    assert evaluate("resumed") == whole
+    assert (tmp_path / "resumed/predictions.jsonl").read_bytes() == (
+        tmp_path / "whole/predictions.jsonl"
+    ).read_bytes()
+    assert sum(asked) == 40  # no chunk was answered twice
+    asked.clear()
+    assert evaluate("resumed") == whole
+    assert not asked  # all there: nothing is generated again
+
+
+def test_another_run_in_the_same_folder_starts_anew(
+    checkpoint: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    files, images = make("text_exact_match", tmp_path)
+    model, processor = tiny
+    out = tmp_path / "out"
+    arguments = (model, processor, "text_exact_match", files, images)
+    evaluate_model(*arguments, output=out, checkpoint=checkpoint)
+    rows = _rows(out)
+    (out / "predictions.jsonl").write_text(
+        "".join(json.dumps({**row, "prediction": "stale"}) + "\n" for row in rows)
+    )
+    evaluate_model(*arguments, output=out, checkpoint=checkpoint)
+    assert {row["prediction"] for row in _rows(out)} == {"stale"}  # the same run: taken as they are
+    (checkpoint / "model.safetensors").touch()
+    evaluate_model(*arguments, output=out, checkpoint=checkpoint)
+    assert _rows(out) == rows
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(checkpoint: Path, tmp_path: Path) -> None:
+    files, _ = make("text_exact_match", tmp_path)
+    rows = [{"question": f"question {n}?", "answer": "x"} for n in range(40)]
+    files[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = evaluate_checkpoint(
+        checkpoint, "text_exact_match", files, batch_size=2, output=tmp_path / "one"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "cogvlm_sft.cli", "evaluate", str(checkpoint), "--task", "text_exact_match",
+               "--annotations", str(files[0]), "--batch-size", "2",
+               "--output", str(tmp_path / "two")]  # fmt: skip
+    two = subprocess.run([sys.executable, *launcher, *command], capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr
+    assert json.loads(two.stdout) == one
+    name = "predictions.jsonl"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_judge_gives_the_judged_tasks_their_score(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, images = make("mm_vet", tmp_path)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        run, "generate_answers", lambda *a, **k: asked.append(k["num_beams"]) or ["x"] * len(a[2])
+    )
+    without = evaluate_model(*tiny, "mm_vet", files, images)
+    assert without["figures"] == []
+    judged = evaluate_model(*tiny, "mm_vet", files, images, judge=lambda *_: (0.5, 1.0))
+    assert judged["figures"][0]["value"] == 50
+    assert asked == [5, 5]
+    files, images = make("gqa", tmp_path)
+    with pytest.raises(DataError, match="takes no judge"):
+        evaluate_model(*tiny, "gqa", files, images, judge=lambda *_: (0.5, 1.0))
+
+
+def test_the_page_shows_the_boxes_and_escapes_what_the_model_says(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, images = make("refcoco", tmp_path)
+    said = "<script>alert(1)</script> [[600,600,900,900]]"
+    monkeypatch.setattr(run, "generate_answers", lambda *a, **k: [said] * len(a[2]))
+    report = evaluate_model(*tiny, "refcoco", files, images, output=tmp_path / "out")
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert page.count("data:image/jpeg;base64,") == len(report["worst"]) > 0
+    assert "92.76" in page and "README of THUDM/CogVLM" in page
+
+
+def test_text_is_scored_without_pictures(tiny: Tiny, tmp_path: Path) -> None:
+    text = tmp_path / "plain.txt"
+    text.write_text("What digit is this? " * 40, encoding="utf-8")
+    report = evaluate_model(*tiny, "text_perplexity", [text], output=tmp_path / "out")
+    names = [figure["name"] for figure in report["figures"]]
+    assert names == ["perplexity", "bits per byte", "tokens predicted first"]
+    # Random weights: worse than a uniform guess over the vocabulary, better than nothing at all.
+    assert 50 < report["figures"][0]["value"] < 1e6
+    (tmp_path / "rows.jsonl").write_text('{"text": "What digit is this?"}\n')
+    with pytest.raises(DataError, match=r"rows\.txt: cannot be read"):
+        evaluate_model(*tiny, "text_perplexity", [tmp_path / "rows.txt"])
+    assert evaluate_model(*tiny, "text_perplexity", [tmp_path / "rows.jsonl"])["count"] == 1
+
+
+def test_mistakes_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    files, images = make("exact_match", tmp_path)
+    with pytest.raises(DataError, match="did you mean 'exact_match'"):
+        evaluate_checkpoint(checkpoint, "exact_mach", files, images)
+    with pytest.raises(CheckpointError):
+        evaluate_checkpoint(tmp_path / "none", "exact_match", files, images)
+    with pytest.raises(DataError, match="holds no box"):
+        evaluate_checkpoint(checkpoint, "box_iou", files, images, output=tmp_path / "out")
+    with pytest.raises(DataError, match="limit is 0"):
+        evaluate_checkpoint(checkpoint, "exact_match", files, images, limit=0)
+    with pytest.raises(DataError, match="image folder"):
+        evaluate_checkpoint(checkpoint, "gqa", make("gqa", tmp_path)[0], tmp_path / "nowhere")

@@ -1,0 +1,167 @@
+"""Each benchmark from its official files: how it asks, what answers score, what it uploads."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cogvlm_sft.errors import DataError
+from cogvlm_sft.evaluation.tasks import TASKS, find_task
+from cogvlm_sft.evaluation.tasks.grounding import read_refs
+from cogvlm_sft.evaluation.tasks.task import Question, judged_scores
+
+from .official_files import make
+
+# Task: the first question as the model gets it, answers to all, and the figures that they earn.
+CASES: dict[str, tuple[str, str, list[str], dict[str, float]]] = {
+    "nocaps": ("base", "", ["A cat sits on a mat.", ""],
+               {"BLEU-1": 36.7879, "CIDEr, in-domain": 0}),
+    "flickr30k": ("base", "", ["A cat."], {"BLEU-1": 100, "ROUGE-L": 100}),
+    "coco_captions": ("base", "", ["", ""], {"CIDEr": 0, "ROUGE-L": 0}),
+    "textcaps": ("base", "", ["A stop sign.", "A bus to LA."], {"ROUGE-L": 100}),
+    "vqav2": ("vqa", "What color is it?", ["Red", "two", "no"], {"accuracy": 66.6667}),
+    "okvqa": ("vqa", "What color is it?", ["dark red.", "2", ""], {"accuracy": 63.3333}),
+    "textvqa": ("vqa", "What is written?", ["Stop", "samsung"], {"accuracy": 50}),
+    "ocrvqa": ("vqa", "Who wrote it?", ["ann lee", "The trees"], {"accuracy": 50}),
+    "gqa": ("vqa", "Which room is it?", ["Bedroom.", "yes"],
+            {"accuracy": 50, "accuracy, query": 100, "accuracy, verify": 0}),
+    "vizwiz": ("vqa", "What is this?", ["basil", "unanswerable"],
+               {"accuracy": 100, "accuracy, unanswerable": 100}),
+    "tdiuc": ("vqa", "What color is it?", ["red", "3", "yes"],
+              {"accuracy": 66.6667, "arithmetic mean per type": 50, "harmonic mean per type": 0}),
+    "scienceqa": ("vqa", "Think of size.\nWhich is larger?\nA. cat\nB. whale\n"
+                  "Answer with the option's letter from the given choices directly.",
+                  ["B", "whale"],
+                  {"accuracy": 50, "accuracy, with picture": 100, "accuracy, without picture": 0}),
+    "refcoco": ("base", "Where is red thing? answer in [[x0,y0,x1,y1]] format.",
+                ["[[000,000,500,500]]", "left", "[[500,000,700,999;800,000,999,500]]"],
+                {"accuracy, val": 50, "accuracy, testA": 100}),
+    "visual7w_pointing": ("base", "Which thing is red? answer in [[x0,y0,x1,y1]] format.",
+                          ["[[050,050,400,400]]"], {"accuracy": 100}),
+    "pope": ("vqa", "Is there a cat in the image?", ["Yes", "No", "yes", "yes"],
+             {"F1": 83.3333, "accuracy": 75, "F1, random": 100, "precision, adversarial": 50,
+              "yes ratio, adversarial": 100}),
+    "exact_match": ("chat", "<image>\nWhat digit is this?", ["7", "7.", "8", ""], {"accuracy": 50}),
+    "box_iou": ("chat", "<image>\nWhat digit is this?",
+                ["[[100,100,500,500]]", "no", "[[110,100,500,500]]", ""], {"accuracy": 50}),
+    "text_exact_match": ("text", "Two and two?", ["Four.", "C"], {"accuracy": 50}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_questions_and_scores(name: str, tmp_path: Path) -> None:
+    style, asked, answers, expected = CASES[name]
+    task = find_task(name)
+    questions = task.read(*make(name, tmp_path))
+    assert (questions[0].style, questions[0].text) == (style, asked)
+    assert len({question.id for question in questions}) == len(questions) == len(answers)
+    assert all(path.is_file() for question in questions for path in question.images)
+    assert task.score is not None
+    scores = task.score(questions, answers)
+    everything = np.arange(len(questions))
+    found = {figure.name: figure.statistic(everything) * figure.scale for figure in scores.figures}
+    assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-3)
+    assert len(scores.each) == len(questions)
+    assert all(0 <= value <= 1 for value in scores.each)
+
+
+UPLOADS: dict[str, Any] = {
+    "nocaps": [{"image_id": 1, "caption": "x"}, {"image_id": 2, "caption": "x"}],
+    "vqav2": [{"question_id": n, "answer": "x"} for n in (1, 2, 3)],
+    "textvqa": [{"question_id": 5, "answer": "x"}, {"question_id": 6, "answer": "x"}],
+    "gqa": [{"questionId": "201", "prediction": "x"}, {"questionId": "202", "prediction": "x"}],
+    "vizwiz": [{"image": "a.jpg", "answer": "x"}, {"image": "b.jpg", "answer": "x"}],
+    "scienceqa": {"results": {"7": -1, "8": -1}, "outputs": {"7": "x", "8": "x"}},
+    "mm_vet": {"v1_0": "x", "v1_1": "x"},
+    "pope": [{"question": f"Is there a {thing} in the image?", "answer": "x"}
+             for thing in ("cat", "dog", "cat", "dog")],
+    "llava_bench": [{"question_id": 0, "prompt": "Describe it.", "text": "x",
+                     "answer_id": "cogvlm-sft-0", "model_id": "cogvlm-sft", "metadata": {}}],
+    "visual7w_pointing": [{"qa_id": 21, "answer": "x", "box_id": None}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UPLOADS)
+def test_upload_formats(name: str, tmp_path: Path) -> None:
+    task = find_task(name)
+    questions = task.read(*make(name, tmp_path))
+    assert task.upload is not None
+    assert task.upload(questions, ["x"] * len(questions)) == UPLOADS[name]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_reads_its_files_and_says_its_protocol(name: str, tmp_path: Path) -> None:
+    task = find_task(name)
+    assert task.read(*make(name, tmp_path))
+    assert all((task.title, task.files, task.prompt, task.post_processing, task.metric))
+    assert ("beam" in task.decoding) == (name == "mm_vet")
+    assert all(one.source and one.protocol for one in task.published)
+
+
+def test_hidden_answers_leave_no_truth(tmp_path: Path) -> None:
+    files, images = make("vqav2", tmp_path)
+    questions = find_task("vqav2").read(files[:1], images)
+    assert [question.truth for question in questions] == [None] * 3
+
+
+def test_a_judge_counts_points_over_most_points() -> None:
+    questions = [Question(str(n), (), "", "chat") for n in range(2)]
+    scores = judged_scores(questions, ["a", "bb"], lambda _, answer: (len(answer), 4), "score")
+    assert scores.figures[0].statistic(np.arange(2)) == 3 / 8
+
+
+def test_telling_shuffles_the_right_option_the_same_way_each_time(tmp_path: Path) -> None:
+    files, images = make("visual7w_telling", tmp_path)
+    first, again = (find_task("visual7w_telling").read(files, images) for _ in range(2))
+    assert first == again
+    assert all(question.shown[3:] == "A cat." for question in first)
+    assert first[0].text != first[1].text  # two questions that differ by their number alone
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("code ran",))
+
+
+def test_a_pickle_that_asks_for_code_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "refs(unc).p"
+    path.write_bytes(pickle.dumps([_Evil()]))
+    with pytest.raises(DataError, match=r"builtins\.print.*refused"):
+        read_refs(path)
+    assert "code ran" not in capsys.readouterr().out
+    path.write_bytes(b"\x80\x02]q")
+    with pytest.raises(DataError, match="cannot be read as a pickle"):
+        read_refs(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "message"),
+    [
+        ("vqav2", "{", "cannot be read as JSON"),
+        ("vqav2", '{"x": []}', "no field 'annotations'"),
+        ("nocaps", '{"x": []}', "expected images and annotations"),
+        ("pope", '{"question_id": 1}\n{', "json:2: not JSON"),
+        ("textvqa", '{"data": [{}]}', "no field 'question_id'"),
+        ("scienceqa", '{"a": 1}', "problems.json and pid_splits.json"),
+    ],
+)
+def test_files_of_another_shape_are_named(
+    name: str, broken: str, message: str, tmp_path: Path
+) -> None:
+    files, images = make(name, tmp_path)
+    files[0].write_text(broken)
+    with pytest.raises(DataError, match=message):
+        find_task(name).read(files[:1], images)
+
+
+def test_a_missing_picture_and_an_unknown_task_are_named(tmp_path: Path) -> None:
+    files, images = make("textvqa", tmp_path)
+    (images / "a.jpg").unlink()
+    with pytest.raises(DataError, match=r"question 5: picture 'a\.jpg' is not below"):
+        find_task("textvqa").read(files, images)
+    with pytest.raises(DataError, match="did you mean 'textvqa'"):
+        find_task("textvqaa")
