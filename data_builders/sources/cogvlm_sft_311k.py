@@ -5,7 +5,9 @@ Three folders (captions; multi-turn; single-turn), each with `images/00000001.jp
 unpacked folder, or any of the three; their names are found with and without an s at the end. A
 label is `{"captions": [{"role": "caption", "content"}]}` or `{"conversations": [{"role",
 "content"}]}`, with no picture marker. A caption has no question, so it becomes the answer to one of
-five fixed requests in its own language, chosen by the hash of its text.
+five fixed requests in its own language, chosen by the hash of its text. The language is that of the
+folder's name (`labels_en`, `labels_zh`), else that of the text. The set corrects LLaVA-Instruct's
+dialogues: build it instead of that set, not beside it.
 
 Usage:
     python -m data_builders.sources.cogvlm_sft_311k --annotations CogVLM-SFT-311K \\
@@ -15,22 +17,21 @@ Usage:
 import re
 from collections import Counter
 from collections.abc import Iterator
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-import orjson
 from pydantic import Field
 
 from cogvlm_sft.errors import DataError
-from data_builders.annotations import Batch
-from data_builders.clean import dialogue, rounds
+from data_builders.annotations import Batch, read_json
+from data_builders.clean import choose, dialogue, rounds
 from data_builders.images import ImageFinder
 from data_builders.recipe import SourceEntry, Strict
 from data_builders.source import Draft, File, Source
 
 _ROWS = 500
 _HAN = re.compile("[\u4e00-\u9fff]")
+_LATIN = re.compile("[A-Za-z]+")
 _REQUESTS = {
     "en": (
         "Describe this image in detail.",
@@ -103,14 +104,15 @@ class CogvlmSft311k(Source):
                     yield Batch(group, start, part)
                 start = start + len(part) if label == group else 0
                 part, group = [], label
-            try:
-                content = orjson.loads(path.read_bytes())
-            except orjson.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}: not valid JSON at byte {error.pos} of {path.stat().st_size} "
-                    f"({error.msg}); the file is broken or truncated: unpack it again"
-                ) from None
-            part.append({"_stem": path.stem, "_folder": path.parts[-3], "_label": content})
+            content = read_json(path)
+            part.append(
+                {
+                    "_stem": path.stem,
+                    "_folder": path.parts[-3],
+                    "_label": content,
+                    "_in": path.parts[-2],
+                }
+            )
         if part:
             yield Batch(group, start, part)
 
@@ -126,7 +128,8 @@ class CogvlmSft311k(Source):
         if type(turns) is str:
             return turns
         assert isinstance(turns, list)
-        language = "zh" if _HAN.search(turns[-1]) else "en"
+        folder = str(record.get("_in", "")).rsplit("_", 1)[-1]
+        language = folder if folder in _REQUESTS else _language(" ".join(turns))
         if language not in self.options.languages:
             return f"language_{language}_not_wanted"
         name = f"{record['_folder']}/images/{record['_stem']}.jpg"
@@ -140,9 +143,14 @@ def _caption(captions: Any, notes: Counter[str]) -> list[str] | str:
     caption = captions[0].get("content") if type(captions[0]) is dict else None
     if type(caption) is not str:
         return "text_not_a_string"
-    requests = _REQUESTS["zh" if _HAN.search(caption) else "en"]
-    choice = blake2b(caption.encode("utf-8", "replace"), digest_size=2).digest()
-    return rounds([requests[int.from_bytes(choice, "big") % len(requests)], caption], notes)
+    if len(captions) > 1:
+        notes["further_captions_left_out"] += len(captions) - 1
+    return rounds([choose(_REQUESTS[_language(caption)], caption), caption], notes)
+
+
+def _language(text: str) -> str:
+    """Chinese where there are more Han characters than Latin words: both quote the other."""
+    return "zh" if len(_HAN.findall(text)) > len(_LATIN.findall(text)) else "en"
 
 
 SOURCE = CogvlmSft311k

@@ -6,7 +6,10 @@ that share a `conversation` value become the turns of one dialogue, in the order
 that column is there, else of the file. In JSON, `turns` may hold a list of turns instead, and
 `answer` a list of several people's answers (the most frequent one is taken). Without annotations,
 every picture below the image folders is a record whose answer is the file's name without its
-extension, as in CogVLM's own captcha example; `label_pattern` picks a part of the name.
+extension, as in CogVLM's own captcha example, or with `label_from: folder` the name of its folder;
+`label_pattern` picks a part of either. Cells of a CSV or TSV that a spreadsheet would run as a
+formula (`=1+1`, `=cmd|' /C calc'!A0`) are dropped, since what was meant is the formula's value;
+`clean: false` keeps them as text. Drops name the line of the table as `_line`.
 
 Usage:
     python -m data_builders.sources.custom_vqa --annotations questions.csv --images photos \\
@@ -14,7 +17,6 @@ Usage:
     python -m data_builders.sources.custom_vqa --images captcha --question "CAPTCHA:" --out builds/c
 """
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -25,11 +27,18 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from cogvlm_sft.errors import DataError
-from data_builders.annotations import ROWS, Batch, read_records, require_file
+from data_builders.annotations import ROWS, Batch, read_records
 from data_builders.clean import dialogue, majority, rounds, text_of
 from data_builders.images import ImageFinder
 from data_builders.recipe import Strict
 from data_builders.source import Draft, File, Source
+from data_builders.tables import csv_rows, parquet_rows
+
+# What a spreadsheet runs: a call, a DDE link, a cell, arithmetic behind an equals sign.
+_FORMULA = re.compile(
+    r"\s*(?:[=@+\-].*\|.*!|[=@][A-Za-z_.]*\(|[+\-].*\b[A-Z]{2,}\("
+    r"|=\s*\$?[A-Za-z]{1,3}\$?\d+\b|=\s*[-+.(\d].*[-+*/^&])"
+)
 
 Column = Literal["image", "question", "answer", "conversation", "turn", "turns", "id", "style"]
 
@@ -41,12 +50,14 @@ class CustomOptions(Strict):
         columns: Our column name to the file's, where they differ.
         delimiter: Of CSV files; a comma, and a tab for .tsv, unless given.
         question: The question of a labelled image folder, and of rows without one.
-        label_pattern: Regular expression whose first group is the label in a file's stem.
+        label_from: Whether the file's name or its folder's is the label.
+        label_pattern: Regular expression whose first group is the label in that name.
     """
 
     columns: dict[Column, str] = Field(default_factory=dict)
     delimiter: str | None = Field(default=None, min_length=1, max_length=1)
     question: str = "CAPTCHA:"
+    label_from: Literal["name", "folder"] = "name"
     label_pattern: str | None = None
 
     @field_validator("label_pattern")
@@ -88,8 +99,7 @@ class CustomVQA(Source):
             first = next(rows, None)
             if first is None:
                 continue
-            sample = first.records[0]
-            if type(sample) is dict and joined in sample:
+            if any(type(row) is dict and joined in row for row in first.records):
                 yield from self._joined(path, first, rows, joined)
             else:
                 yield first
@@ -104,9 +114,12 @@ class CustomVQA(Source):
         if type(record) is not dict:
             return "record_not_an_object"
         if "_rows" in record:
+            notes["turn_not_a_number"] += record["_unsorted"] and len(record["_rows"]) > 1
             return self._draft_rows(record["_rows"], notes)
         if record.get("_malformed"):
             return str(record["_malformed"])
+        if self._formula(record):
+            return "spreadsheet_formula"
         name = self._column
         inner = record.get(name("turns"), record.get("messages", record.get("conversations")))
         if inner is not None:
@@ -120,6 +133,13 @@ class CustomVQA(Source):
             return turns
         assert isinstance(turns, list)
         return self._finish(turns, record)
+
+    def _formula(self, row: dict[str, Any]) -> bool:
+        """Whether a cell of a table would be run by a spreadsheet."""
+        if "_line" not in row or not self.entry.clean:
+            return False
+        cells = (row.get(self._column("question")), row.get(self._column("answer")))
+        return any(type(cell) is str and _FORMULA.match(cell) for cell in cells)
 
     def _column(self, key: Column) -> str:
         return self.options.columns.get(key, key)
@@ -148,6 +168,8 @@ class CustomVQA(Source):
                 return "record_not_an_object"
             if row.get("_malformed"):
                 return str(row["_malformed"])
+            if self._formula(row):
+                return "spreadsheet_formula"
             pair = self._pair(row)
             if type(pair) is str:
                 return pair
@@ -163,8 +185,12 @@ class CustomVQA(Source):
 
     def _finish(self, turns: list[str], row: dict[str, Any]) -> Draft | str:
         image = row.get(self._column("image"))
-        if type(image) is list and len(image) == 1:
-            image = image[0]
+        if type(image) is list:
+            if len(image) > 1:  # CogVLM reads one picture
+                return "several_images"
+            image = image[0] if image else None
+        if type(image) is dict:  # the image column of `datasets`, by its path
+            image = image.get("path")
         if image is None or image == "":
             return "image_name_missing"
         if type(image) is int:
@@ -192,7 +218,8 @@ class CustomVQA(Source):
             )
 
     def _labelled(self, path: str, pattern: re.Pattern[str] | str | None) -> dict[str, Any]:
-        label = PurePosixPath(path).stem
+        file = PurePosixPath(path)
+        label = file.stem if self.options.label_from == "name" else file.parent.name
         row = {self._column("image"): path, self._column("question"): self.options.question}
         if isinstance(pattern, re.Pattern):
             match = pattern.search(label)
@@ -211,18 +238,26 @@ class CustomVQA(Source):
         order = self._column("turn")
         conversations: list[Any] = []
         for rows in groups.values():
-            if all(type(row) is dict and _number(row.get(order)) is not None for row in rows):
+            numbers = [_number(row.get(order)) for row in rows if type(row) is dict]
+            numbered = len(numbers) == len(rows) and None not in numbers
+            if numbered:
                 rows.sort(key=lambda row: _number(row[order]) or 0.0)
-            conversations.append({"_rows": rows})
+            told = any(type(row) is dict and order in row for row in rows)
+            conversations.append({"_rows": rows, "_unsorted": told and not numbered})
         for start in range(0, len(conversations), ROWS):
             yield Batch(path.name, start, conversations[start : start + ROWS])
 
     def _rows(self, path: Path) -> Iterator[Batch]:
         ending = path.suffix.lower()
+        wanted: list[Column] = ["image", "answer"]
+        if "question" not in self.options.model_fields_set:
+            wanted.append("question")
+        needed: dict[str, str] = {key: self._column(key) for key in wanted}
         if ending in (".csv", ".tsv"):
-            rows = self._csv(require_file(path), "\t" if ending == ".tsv" else ",")
+            between = self.options.delimiter or ("\t" if ending == ".tsv" else ",")
+            rows = csv_rows(path, between, needed)
         elif ending == ".parquet":
-            rows = self._parquet(require_file(path))
+            rows = parquet_rows(path, needed)
         elif ending in (".json", ".jsonl", ".ndjson"):
             yield from read_records(path, self.wrappers)
             return
@@ -235,67 +270,13 @@ class CustomVQA(Source):
             yield Batch(path.name, start, chunk)
             start += len(chunk)
 
-    def _require_columns(self, path: Path, found: list[str]) -> None:
-        wanted = ["image", "answer"]
-        if "question" not in self.options.model_fields_set:
-            wanted.append("question")
-        for key in wanted:
-            name = self.options.columns.get(key, key)
-            if name not in found:
-                raise DataError(
-                    f"{path}: no column {name!r}; found {', '.join(map(repr, found))}. "
-                    f"Say which one it is: columns: {{{key}: …}}"
-                )
-
-    def _csv(self, path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
-        csv.field_size_limit(1 << 30)
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=self.options.delimiter or delimiter, strict=True)
-            header: list[str] = []
-            try:
-                for cells in reader:
-                    if not cells:
-                        continue
-                    if not header:
-                        header = [cell.strip() for cell in cells]
-                        self._require_columns(path, header)
-                        continue
-                    row: dict[str, Any] = dict(zip(header, cells, strict=False))
-                    if len(cells) != len(header):
-                        row["_malformed"] = "cell_count_differs"
-                    yield row
-            except csv.Error as error:
-                raise DataError(
-                    f"{path}:{reader.line_num}: broken table ({error}); is a quote missing, or is "
-                    f"the file truncated at byte {path.stat().st_size}?"
-                ) from None
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}: not UTF-8 ({error.reason}, near line {reader.line_num + 1}); "
-                    "save the table as UTF-8"
-                ) from None
-
-    def _parquet(self, path: Path) -> Iterator[dict[str, Any]]:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                self._require_columns(path, file.schema_arrow.names)
-                for part in file.iter_batches(batch_size=ROWS):
-                    yield from part.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(
-                f"{path}: not a readable Parquet file of {path.stat().st_size} bytes "
-                f"({str(error).splitlines()[0]}); is it truncated?"
-            ) from None
-
 
 def _number(value: Any) -> float | None:
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return number if number == number else None
 
 
 def _turns(inner: Any, notes: Counter[str]) -> list[str] | str:

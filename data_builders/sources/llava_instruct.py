@@ -2,9 +2,12 @@
 
 Record: `{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}`; the picture marker
 begins or ends the first question and is placed anew. Rows of the mix without an image become style
-`text`. The mix has no name of its parts, so `meta.subset` is read from the image path and the
-question's suffix, and short-answer parts get the style `vqa`. Ids repeat (COCO ids), hence ids of
-our own. Pictures: COCO train2017, found under their 2014 names too.
+`text`. The mix does not name its parts, so `meta.subset` is read from the image path and from what
+the first question asks for, and short-answer parts get the style `vqa`. Boxes of its RefCOCO and
+Visual Genome parts stay as LLaVA wrote them, fractions of 1; drop those subsets to train on
+CogVLM's boxes alone. Ids repeat (COCO ids), hence ids of our own. The 150k file is the three parts
+shuffled and the mix holds the 150k: what is listed twice is dropped as `duplicate`. Pictures: COCO
+train2017, found under their 2014 names too.
 
 Usage:
     python -m data_builders.sources.llava_instruct --annotations llava_instruct_150k.json \\
@@ -21,9 +24,13 @@ _SHORT_ANSWER = (
     "Answer the question using a single word or phrase.",
     "Answer with the option's letter from the given choices directly.",
 )
-_SUBSETS = {
-    "coco": "coco", "vg": "visual_genome", "gqa": "gqa", "ocr_vqa": "ocr_vqa",
-    "textvqa": "textcaps",
+_REGION = ("short description for this region", "bounding box coordinate of the region")
+# The mix's parts by the first folder of the picture: one for questions that ask for a short answer
+# and one for others; its README gives 364,100 coco, 86,417 vg, 72,140 gqa, 80,000 ocr_vqa and
+# 21,953 textvqa rows.
+_FOLDERS = {
+    "coco": ("vqav2_okvqa", "llava"), "vg": ("visual_genome", "visual_genome"),
+    "gqa": ("gqa", "gqa"), "ocr_vqa": ("ocr_vqa", "ocr_vqa"), "textvqa": ("textcaps", "textcaps"),
 }  # fmt: skip
 
 
@@ -68,14 +75,13 @@ def llava_draft(record: Any, notes: Counter[str], style: str, infer: bool = True
     if type(turns) is str:
         return turns
     images = record.get("image")
-    if images is None:
-        names: list[str] = []
-    elif type(images) is str:
-        names = [images]
-    elif type(images) is list and all(type(name) is str for name in images):
-        names = images
-    else:
+    names: list[Any] = images if type(images) is list else [images]
+    if images is None or names in ([], [""]):
+        names = []
+    elif not all(type(name) is str for name in names):
         return "image_name_not_a_string"
+    if len(names) > 1:  # CogVLM reads one picture
+        return "several_images"
     problem = _check_markers(messages, len(names), notes)
     if problem:
         return problem
@@ -85,10 +91,22 @@ def llava_draft(record: Any, notes: Counter[str], style: str, infer: bool = True
     if infer and names and turns[0].endswith(_SHORT_ANSWER):
         draft.style = "vqa"
     if names and "/" in names[0]:
-        subset = _SUBSETS.get(names[0].split("/", 1)[0])
+        subset = _subset(names[0].split("/", 1)[0], turns[0])
         if subset:
             draft.meta = {"subset": subset}
     return draft
+
+
+def _subset(folder: str, question: str) -> str | None:
+    """The part of the mix that a row comes from."""
+    if folder not in _FOLDERS:
+        return None
+    if folder == "coco" and any(phrase in question for phrase in _REGION):
+        return "refcoco"
+    if folder == "coco" and question.endswith(_SHORT_ANSWER[1]):
+        return "aokvqa"
+    short, other = _FOLDERS[folder]
+    return short if question.endswith(_SHORT_ANSWER[0]) else other
 
 
 def _check_markers(messages: Any, images: int, notes: Counter[str]) -> str:
@@ -105,8 +123,6 @@ def _check_markers(messages: Any, images: int, notes: Counter[str]) -> str:
         return ""
     if not images:
         return "image_name_missing" if markers else ""
-    if images > 1:
-        return "" if markers == images and not late else "marker_count_differs"
     notes["marker_added" if not markers else "marker_moved_or_merged"] += 1
     return ""
 

@@ -6,7 +6,8 @@ is a Visual Genome number, or a file name for charts. The answers were written f
 from pictures, so: "There is no mention of a teapot" is rewritten to "There is no teapot" (the
 negative ones teach the model to say no and stay); answers that still speak of a description,
 caption or bounding box, and rows with left-over coordinates, are dropped. `clean: false` keeps
-them.
+them. Declarative instructions and several questions about a picture stay as they are. The set's own
+evaluation file names 1,000 questions about 120 pictures: put it under `decontaminate.against`.
 
 Usage:
     python -m data_builders.sources.lrv_instruction --annotations filter_cap1.json \\
@@ -18,18 +19,26 @@ import re
 from collections import Counter
 from typing import Any
 
-from data_builders.clean import rounds
 from data_builders.source import Draft, File, Source
 
-_NO_MENTION = re.compile(r"\bthere (?:is|was) no mention of (?:an? |any |the )?", re.IGNORECASE)
+# "whether it is red", "it" and the like make no sentence with "there is no"; those rows are dropped
+_NO_MENTION = re.compile(
+    r"\b(?P<there>there)(?: is| was| are|['\u2019]s) no mentions? of (?:an? |any |the )?"
+    r"(?!(?:whether|if|what|which|who|how|where|when|why|it|this|that|these|those|them|such)\b)"
+    r"(?=(?P<thing>\w+))",
+    re.IGNORECASE,
+)
 _OF_THE_PROMPT = re.compile(
-    r"\b(?:no mention of|not (?:mentioned|specified|stated|provided|described) in the"
-    r"|(?:dense |image |given |provided )captions?\b|bounding box"
-    r"|(?:the|given|provided) (?:image )?descriptions?\b)",
+    r"(?:\bnot|n['\u2019]t) (?:explicitly |specifically )?(?:mention|specif|state)"
+    r"|\b(?:no mentions? of"
+    r"|not (?:provided|described|given) in the"
+    r"|(?:the|this|these|dense|image|given|provided) (?:dense )?captions?\b|bounding box"
+    r"|(?:the|this|given|provided) (?:image )?descriptions?\b)",
     re.IGNORECASE,
 )
 _COORDINATES = re.compile(
-    r"\bX:\s*\d+.{0,12}?\bY:\s*\d+|\bWidth:\s*\d+.{0,12}?\bHeight:\s*\d+", re.IGNORECASE
+    r"\b(?:X|Y|Width|Height):\s*-?\d+(?:\.\d+)?\b.{0,12}?\b(?:X|Y|Width|Height):\s*-?\d",
+    re.IGNORECASE,
 )
 
 
@@ -44,6 +53,7 @@ class LrvInstruction(Source):
         File("filter_cap1.json", 0, "line 28; without coordinates"),
         File("filter_cap_more1.json", 0, "line 31; without coordinates; with both 342,799"),
         File("chart_release_update.json", 0, "line 33; charts, image_id is a file name"),
+        File("evaluation_set.json", 0, "Evaluation/; 120 pictures held out, for decontaminate"),
         File("filter_cap.json", 0, "line 5; v1 with coordinates, not advised"),
     )
     image_folders = ("image (the authors' archive, line 12)", "chart_image (line 36)")
@@ -53,39 +63,40 @@ class LrvInstruction(Source):
         """Understands one record; see `Source.draft`."""
         if type(record) is not dict:
             return "record_not_an_object"
-        question, answer = record.get("question"), record.get("answer")
-        if type(question) is not str:
-            return "question_not_a_text" if question is not None else "empty_question"
-        if type(answer) is not str:
-            return "answer_not_a_text" if answer is not None else "empty_answer"
         image = record.get("image_id")
         if type(image) is int:
             image = str(image)
-        if type(image) is not str:
-            return "image_name_missing" if image is None else "image_name_not_a_string"
-        if not image.strip():
-            return "image_name_missing"
-        turns = rounds([question, answer], notes)
-        if type(turns) is str:
-            return turns
-        assert isinstance(turns, list)
-        if self.entry.clean:
-            if "mention" in turns[1] and _NO_MENTION.search(turns[1]):
-                turns[1] = _NO_MENTION.sub(_no, turns[1])
-                notes["no_mention_rewritten"] += 1
-            if _OF_THE_PROMPT.search(turns[1]):
-                return "answer_speaks_of_the_prompt"
-            if any(":" in text and _COORDINATES.search(text) for text in turns):
-                return "coordinates_left_over"
+        name = image.strip() if type(image) is str else image
         task = record.get("task")
-        meta = {"task": task} if type(task) is str else {}
-        image = image.strip()
-        name = image if "." in image else f"{image}.jpg"
-        return Draft(turns, [name], self.default_style, image, meta)
+        draft = self.short(
+            record.get("question"),
+            record.get("answer"),
+            f"{name}.jpg" if type(name) is str and name and "." not in name else name,
+            notes,
+            orig_id=name,
+            meta={"task": task} if type(task) is str else {},
+        )
+        return self._clean(draft, notes) if self.entry.clean else draft
+
+    def _clean(self, draft: Draft | str, notes: Counter[str]) -> Draft | str:
+        """Rewrites or drops what speaks of the prompt, and drops coordinates."""
+        if isinstance(draft, str):
+            return draft
+        turns = draft.turns
+        if "mention" in turns[1] and _NO_MENTION.search(turns[1]):
+            turns[1] = _NO_MENTION.sub(_no, turns[1])
+            notes["no_mention_rewritten"] += 1
+        if _OF_THE_PROMPT.search(turns[1]):
+            return "answer_speaks_of_the_prompt"
+        if any(":" in text and _COORDINATES.search(text) for text in turns):
+            return "coordinates_left_over"
+        return draft
 
 
 def _no(match: re.Match[str]) -> str:
-    return "There is no " if match.group()[0] == "T" else "there is no "
+    thing = match["thing"]
+    several = thing.endswith("s") and not thing.endswith(("ss", "us", "is"))
+    return f"{match['there']} {'are' if several else 'is'} no "
 
 
 SOURCE = LrvInstruction

@@ -35,19 +35,40 @@ def test_csv(photos, run, tmp_path):
         b"a.jpg,too,many,cells\r\n"
         b"../a.jpg,Out?,x\r\n"
     )
-    report, built, _ = run("custom_vqa", [path])
+    report, built, result = run("custom_vqa", [path])
     assert texts(built) == [
         (["a.jpg"], ["<image>\nWhat, then?", 'He said "no"']),
-        (["a.jpg"], ["<image>\nSecond question?", "=cmd|' /C calc'!A0"]),
         (["b.png"], ["<image>\nWrong ending?", "yes"]),
         (["c.jpg"], ["<image>\n猫?", "是"]),
     ]
-    assert report["read"] == 10 and report["kept"] == 4
+    assert report["read"] == 10 and report["kept"] == 3
     assert report["dropped"] == {
         "cell_count_differs": 2, "empty_answer": 1, "image_missing": 1, "image_name_missing": 1,
-        "image_path_unsafe": 1,
+        "image_path_unsafe": 1, "spreadsheet_formula": 1,
     }  # fmt: skip
+    page = (result.out / "report.html").read_text()
+    assert "_line&#34;:10" in page or "_line&quot;:10" in page  # where to look in the table
     assert {r["style"] for r in built} == {"vqa"}
+
+
+@pytest.mark.parametrize(
+    "cell, formula",
+    [
+        ("=1+1", True), ("=cmd|' /C calc'!A0", True), ("=HYPERLINK(A1)", True), ("@SUM(1)", True),
+        ("+cmd|' /C calc'!A0", True), ("-2+3+cmd|'/C calc'!A0", True), ("=$A$1", True),
+        (" =B2", True), ("+SUM(1)", True),
+        ("-5", False), ("+3 C", False), ("- item (one)", False), ("=", False),
+        ("== equal ==", False),
+        ("@home", False), ("-5 (minus five)", False), ("a = b + c", False), ("=5", False),
+    ],
+)  # fmt: skip
+def test_spreadsheet_formulas(cell, formula, photos, run, tmp_path):
+    path = tmp_path / "q.tsv"
+    path.write_text(f"image\tquestion\tanswer\na.jpg\tq\t{cell}\nb.png\tq\tx\n")
+    report, built, _ = run("custom_vqa", [path])
+    assert report["dropped"] == ({"spreadsheet_formula": 1} if formula else {})
+    _, built, _ = run("custom_vqa", [path], clean=False)
+    assert built[0]["messages"][1]["content"] == cell.strip()
 
 
 def test_tsv_with_other_columns_and_style(photos, run, tmp_path):
@@ -80,6 +101,25 @@ def test_rows_of_a_conversation_become_its_turns(photos, run, tmp_path):
     assert report["dropped"] == {"conversation_with_several_images": 2}
 
 
+def test_turns_out_of_order_and_late_conversations(photos, run, tmp_path):
+    path = tmp_path / "q.jsonl"
+    rows = [{"image": "c.jpg", "question": "alone", "answer": "l"}]  # has no conversation
+    for turn in ("2", "x", "1"):
+        rows.append({"image": "a.jpg", "question": f"q{turn}", "answer": "a", "conversation": 5,
+                     "turn": turn})  # fmt: skip
+    rows.append({"image": "a.jpg", "question": "q", "answer": "", "conversation": "6"})
+    rows.append({"image": "", "question": "r", "answer": "a", "conversation": "6"})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    report, built, _ = run("custom_vqa", [path])
+    assert texts(built) == [
+        (["c.jpg"], ["<image>\nalone", "l"]),
+        (["a.jpg"], ["<image>\nq2", "a", "qx", "a", "q1", "a"]),
+        (["a.jpg"], ["<image>\nr", "a"]),
+    ]
+    assert (report["read"], report["kept"]) == (6, 6)
+    assert report["repaired"] == {"empty_round_removed": 1, "turn_not_a_number": 1}
+
+
 def test_json_lines_with_answers_and_turns(photos, run, tmp_path):
     rows = [
         {"image": "a.jpg", "question": "q", "answer": ["b", "a", "a"]},
@@ -87,6 +127,8 @@ def test_json_lines_with_answers_and_turns(photos, run, tmp_path):
         {"image": "c.jpg", "turns": [{"question": "q1", "answer": "a1"}, ["q2", True]]},
         {"image": "c.jpg", "messages": [{"role": "user", "content": "<image>hi"},
                                         {"role": "assistant", "content": "yo</s>"}]},
+        {"image": {"path": "c.jpg", "bytes": None}, "question": "of datasets", "answer": "a"},
+        {"image": ["a.jpg", "b.png"], "question": "q", "answer": "a"},
         {"image": "c.jpg", "question": {"x": 1}, "answer": "a"},
         {"image": "c.jpg", "question": "q", "answer": float("nan")},
         {"image": "c.jpg", "question": "q", "answer": "half \ud83d"},
@@ -100,11 +142,12 @@ def test_json_lines_with_answers_and_turns(photos, run, tmp_path):
         (["b.png"], ["<image>\nq", "3"]),
         (["c.jpg"], ["<image>\nq1", "a1", "q2", "yes"]),
         (["c.jpg"], ["<image>\nhi", "yo"]),
+        (["c.jpg"], ["<image>\nof datasets", "a"]),
     ]
     assert built[1]["meta"]["orig_id"] == "7"
     assert report["dropped"] == {
         "answer_not_a_text": 1, "question_not_a_text": 1, "record_not_an_object": 1,
-        "text_not_unicode": 1,
+        "several_images": 1, "text_not_unicode": 1,
     }  # fmt: skip
 
 
@@ -144,6 +187,16 @@ def test_labelled_folder(root, run, picture):
     assert report["read"] == 2
 
 
+def test_folders_as_labels(root, run, picture):
+    for number, name in enumerate(["cat/1.png", "cat/2.png", "dog_7/1.png"]):
+        picture(root / name, number)
+    _, built, _ = run("custom_vqa", [], label_from="folder", question="Which animal?")
+    assert sorted((r["images"][0], r["messages"][1]["content"]) for r in built) == [
+        ("cat/1.png", "cat"), ("cat/2.png", "cat"), ("dog_7/1.png", "dog_7")]  # fmt: skip
+    _, built, _ = run("custom_vqa", [], label_from="folder", label_pattern="^([a-z]+)")
+    assert sorted(r["messages"][1]["content"] for r in built) == ["cat", "cat", "dog"]
+
+
 def test_label_pattern_and_question(root, run, picture):
     for number, name in enumerate(["cat_001.png", "dog_7.png", "odd.png"]):
         picture(root / name, number)
@@ -158,11 +211,17 @@ def test_mistakes(photos, run, tmp_path):
     path.write_text("picture,question,answer\na.jpg,q,a\n")
     with pytest.raises(DataError, match="no column 'image'; found 'picture', 'question'"):
         run("custom_vqa", [path])
+    path.write_text("image;question;answer\na.jpg;q;a\n")
+    with pytest.raises(DataError, match=r"q\.csv:1: no column 'image'.*delimiter"):
+        run("custom_vqa", [path])
+    path.write_text("image,question,answer,answer\na.jpg,q,a,b\n")
+    with pytest.raises(DataError, match=r"q\.csv:1: column 'answer' is there twice"):
+        run("custom_vqa", [path])
     path.write_text('image,question,answer\na.jpg,q,"cut')
     with pytest.raises(DataError, match=r"q.csv:2: broken table .* truncated at byte 34"):
         run("custom_vqa", [path])
     path.write_bytes(b"image,question,answer\na.jpg,q,\xff\n")
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(DataError, match=r"q\.csv:2: not UTF-8 at byte 30"):
         run("custom_vqa", [path])
     path.write_text("")
     with pytest.raises(DataError, match="empty"):

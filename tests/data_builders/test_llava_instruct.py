@@ -125,17 +125,88 @@ def test_records_are_valid_conversations(coco, run, write_json):
     }  # fmt: skip
 
 
-def test_short_answer_rows_of_the_mix_are_vqa(coco, run, write_json):
-    suffix = "\nAnswer the question using a single word or phrase."
+def test_parts_of_the_mix_are_told_apart(coco, run, write_json):
+    short = "\nAnswer the question using a single word or phrase."
+    letter = "\nAnswer with the option's letter from the given choices directly."
+    train, genome = "coco/train2017/000000000001.jpg", "vg/VG_100K/2392588.jpg"
     records = [
-        row("coco/train2017/000000000001.jpg", "<image>\nColour?" + suffix, "Red", "Big?", "Yes"),
-        row("vg/VG_100K/2392588.jpg", "<image>\nTell me more.", "It is a stove."),
+        row(train, "<image>\nColour?" + short, "Red", "Big?", "Yes"),
+        row(train, "<image>\nWhich?\nA. a\nB. b" + letter, "A"),
+        row(train, "<image>\nPlease provide a short description for this region: [0.1, 0.2]", "a"),
+        row(train, "<image>\nWhat is going on?", "A bus leaves."),
+        row(genome, "<image>\nTell me more.", "It is a stove."),
+        row("ocr_vqa/images/1437717772.jpg", "<image>\nWho wrote this?" + short, "Nobody"),
+        row("elsewhere/000000000001.jpg", "<image>\nWhere?", "Here."),
     ]
     _, built, _ = run("llava_instruct", [write_json("mix.json", records)])
-    assert [(r["style"], r["meta"]["subset"]) for r in built] == [
-        ("vqa", "coco"),
-        ("chat", "visual_genome"),
-    ]
+    assert [(r["style"], r["meta"].get("subset")) for r in built] == [
+        ("vqa", "vqav2_okvqa"), ("vqa", "aokvqa"), ("chat", "refcoco"), ("chat", "llava"),
+        ("chat", "visual_genome"), ("vqa", "ocr_vqa"), ("chat", None),
+    ]  # fmt: skip
+
+
+def test_what_released_rows_do_not_hold_but_other_files_do(coco, run, tmp_path):
+    image = "000000000001.jpg"
+    turns = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
+    records = [
+        {"id": 1, "image": [image], "conversations": turns},
+        {"id": "t", "image": "", "conversations": [{"from": "human", "value": "hi"}, turns[1]]},
+        row(image, "<image>\nLeaks?", "Yes.\nQuestion: And then? Answer: No."),
+        row(image, "<image>\nLeaks whole?", "Question: Leaks whole? Answer: It does."),
+        row(image, "<image>\nAsks back?", "Question: What?"),
+        row(image, "<image>\n[INST] Instructed? [/INST]", "<s> Yes </s> and <EOI>no<pad>"),
+        row(image, "<image>\nNested?", "a </</s>s> b"),
+        row(image, "<image>\nOf captions?", "As an AI, I see no mention of it."),
+        row(image, "<image>\n<image>\nTwice?", "Once."),
+        row(image, "First?", "One.", "<image>\nLate?", "Two."),
+        {"id": "x", "image": [image, image], "conversations": [
+            {"from": "human", "value": "<image>\n<image>\nDiffer?"}, turns[1]]},
+        {"id": "x", "image": [image, 3], "conversations": turns},
+        {"id": "x", "image": image, "conversations": [{"from": "system", "value": "s"}, *turns]},
+        {"id": "x", "image": image, "conversations": [turns[0], {"from": "gpt", "value": 4}]},
+        {"id": "x", "image": image, "conversations": []},
+        {"id": "x", "image": image, "conversations": [turns[1]]},
+        {"id": "x", "image": image, "conversations": ["q", "a"]},
+        {"id": "\ud83d", "image": image, "conversations": turns},
+        row(image, "<image>\nNUL\0?", "a"),
+    ]  # fmt: skip
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(records))
+    report, built, _ = run("llava_instruct", [path])
+    texts = {r["meta"]["orig_index"]: [m["content"] for m in r["messages"]] for r in built}
+    assert texts == {
+        0: ["<image>\nq", "a"],
+        1: ["hi", "a"],
+        2: ["<image>\nLeaks?", "Yes."],
+        3: ["<image>\nLeaks whole?", "It does."],
+        5: ["<image>\nInstructed?", "Yes and no"],
+        6: ["<image>\nNested?", "a </ s> b"],  # the halves do not join
+        7: ["<image>\nOf captions?", "As an AI, I see no mention of it."],
+        8: ["<image>\nTwice?", "Once."],
+        9: ["<image>\nFirst?", "One.", "Late?", "Two."],
+    }
+    assert built[6]["meta"]["flags"] == ["refusal", "speaks_of_the_prompt"]
+    assert report["dropped"] == {
+        "empty_answer": 1, "image_name_not_a_string": 1, "no_assistant_turn": 2,
+        "several_images": 1, "text_not_a_string": 1, "text_not_unicode": 2,
+        "turn_not_an_object": 1, "unknown_role": 1,
+    }  # fmt: skip
+    assert report["read"] == len(records)
+    assert report["repaired"] == {
+        "control_marker_removed": 2, "flagged_refusal": 1, "flagged_speaks_of_the_prompt": 1,
+        "leading_answer_removed": 1, "leaked_turn_cut": 3, "marker_moved_or_merged": 2,
+    }  # fmt: skip
+
+
+def test_files_listed_twice_over_count_once(coco, run, write_json):
+    records = [row("000000000001.jpg", f"<image>\nq{n}", "a") for n in range(6)]
+    mixed = [row("coco/train2017/000000000001.jpg", f"q{n}\n<image>", "a") for n in range(6)]
+    paths = [write_json("llava_instruct_150k.json", records),
+             write_json("conversation_58k.json", records[:3]),
+             write_json("llava_v1_5_mix665k.json", [*mixed, row(None, "hi", "yo")])]  # fmt: skip
+    report, built, _ = run("llava_instruct", paths)
+    assert report["read"] == 16 and len(built) == 7
+    assert report["dropped"] == {"duplicate": 9}
 
 
 def test_a_link_out_of_the_root_is_dropped(coco, run, write_json, tmp_path, picture):

@@ -55,6 +55,61 @@ def test_lrv(root, run, write_json, picture):
     assert report["repaired"] == {"no_mention_rewritten": 1}
 
 
+@pytest.mark.parametrize(
+    "answer, kept",
+    [
+        ("There is no mention of a dog.", "There is no dog."),
+        ("No, there's no mention of any dogs here.", "No, there are no dogs here."),
+        ("There is no mention of whether it is red.", None),
+        ("There is no mention of it.", None),
+        ("The picture makes no mention of a dog.", None),
+        ("The color is not specified in the description.", None),
+        ("The colour is not explicitly stated.", None),
+        ("The image doesn't mention a dog.", None),
+        ("According to the dense captions, red.", None),
+        ("The caption says it is red.", None),
+        ("The bounding box is large.", None),
+        ("It stands at X: 12, Y: 40, Width: 3, Height: 9.", None),
+        ("Width: 3 Height: 9", None),
+        ("The clock reads 12:40 and the ratio is 3: 4.", "same"),
+        ("The sign says: X marks the spot", "same"),
+        ("Short", "same"),
+        ("No", "same"),
+    ],
+)
+def test_lrv_answers(answer, kept, root, run, write_json, picture):
+    picture(root / "2.jpg", 1)
+    rows = [{"image_id": "2", "question": "Tell me.", "answer": answer, "task": "negative"},
+            {"image_id": "2", "question": "Another?", "answer": "Yes."}]  # fmt: skip
+    path = write_json("filter_cap1.json", rows)
+    report, built, _ = run("lrv_instruction", [path])
+    found = [r["messages"][1]["content"] for r in built if r["meta"]["orig_index"] == 0]
+    assert found == ([] if kept is None else [answer if kept == "same" else kept])
+    assert sum(report["dropped"].values()) == (kept is None)
+    _, built, _ = run("lrv_instruction", [path], clean=False)
+    assert built[0]["messages"][1]["content"] == answer
+
+
+def test_lrv_pictures(root, run, write_json, picture):
+    picture(root / "VG_100K" / "10.jpg", 1)
+    picture(root / "VG_100K_2" / "11.jpg", 2)
+    picture(root / "VG_100K" / "12.jpg", 3)
+    picture(root / "VG_100K_2" / "12.jpg", 3)
+    picture(root / "chart_image" / "Chart_9.PNG", 4)
+    picture(root / "__MACOSX" / "chart_image" / "chart_10.png", 5)
+    picture(root / "secret.jpg", 6)
+    names = ["10", 11, "12.jpg", " 10 ", "chart_9.png", "chart_10.png", "../secret", "", 1.5]
+    rows = [{"image_id": name, "question": f"q{n}", "answer": 7} for n, name in enumerate(names)]
+    report, built, _ = run("lrv_instruction", [write_json("filter_cap1.json", rows)])
+    assert [(r["messages"][0]["content"][-1], r["images"][0]) for r in built] == [
+        ("0", "VG_100K/10.jpg"), ("1", "VG_100K_2/11.jpg"), ("2", "VG_100K/12.jpg"),
+        ("3", "VG_100K/10.jpg"), ("4", "chart_image/Chart_9.PNG"),
+    ]  # fmt: skip
+    assert report["dropped"] == {
+        "image_missing": 1, "image_name_missing": 1, "image_name_not_a_string": 1,
+        "image_path_unsafe": 1}  # fmt: skip
+
+
 def test_lrv_wrapped_and_uncleaned(root, run, write_json, picture):
     picture(root / "2.jpg", 1)
     rows = [{"image_id": "2", "question": "q", "answer": "No mention of it."}]
@@ -68,16 +123,28 @@ def test_lrv_wrapped_and_uncleaned(root, run, write_json, picture):
 def test_llavar_takes_only_its_own_part(root, run, write_json, picture):
     picture(root / "finetune" / "100000000012.jpg", 1)
     picture(root / "coco" / "000000033471.jpg", 2)
+    picture(root / "finetune" / "renamed.jpg", 3)
 
     def row(image):
         return {"id": image[:-4], "image": image, "conversations": [
             {"from": "human", "value": "What does the sign say?\n<image>"},
             {"from": "gpt", "value": "Stop"}]}  # fmt: skip
 
-    path = write_json("llavar.json", [row("000000033471.jpg"), row("100000000012.jpg")])
-    report, built, result = run("llavar", [path])
-    assert [r["images"] for r in built] == [["finetune/100000000012.jpg"]]
-    assert report["dropped"] == {"part_of_llava_instruct": 1}
+    rows = [row("000000033471.jpg"), row("100000000012.jpg"), row("100000000404.jpg"),
+            row("coco/train2017/000000033471.jpg"), row("COCO_train2014_000000033471.jpg"),
+            row("renamed.jpg"), row("x.jpg") | {"image": ""},
+            row("x.jpg") | {"image": ["finetune/100000000012.jpg"], "conversations": [
+                {"from": "human", "value": "<image>\nListed?"}, {"from": "gpt", "value": "y"}]},
+            "odd"]  # fmt: skip
+    report, built, result = run("llavar", [write_json("llavar.json", rows)])
+    assert [(r["images"], r["messages"][0]["content"]) for r in built] == [
+        (["finetune/100000000012.jpg"], "<image>\nWhat does the sign say?"),
+        (["finetune/renamed.jpg"], "<image>\nWhat does the sign say?"),
+        (["finetune/100000000012.jpg"], "<image>\nListed?"),
+    ]
+    assert report["dropped"] == {
+        "image_missing": 1, "image_name_missing": 1, "part_of_llava_instruct": 3,
+        "record_not_an_object": 1}  # fmt: skip
     assert report["commercial_use"] is False
     assert result.manifest["licenses"] == ["CC-BY-NC-4.0"]
 
@@ -132,6 +199,49 @@ def test_cogvlm_311k(released_311k, run):
     assert report["read"] == 5 and len(built) == 3
 
 
+def test_cogvlm_311k_names_languages_and_captions(root, run, picture):
+    folders = (
+        "llava_details-minigpt4_3500_formate",
+        "llava_instruction_multi_conversation_formate",
+        "llava_instruction_single_conversations_formate",
+    )  # with and without an s
+    labels = {
+        (0, "labels_en", "1"): {"captions": [{"role": "caption", "content": "The sign 停 says."}]},
+        (0, "labels_zh", "1"): {"captions": [
+            {"role": "caption", "content": "写着STOP和GO的牌子。</s>"}]},
+        (0, "labels", "2"): {"captions": [{"content": "One."}, {"content": "Two."}]},
+        (0, "labels", "3"): {"captions": ["One."]},
+        (1, "labels_zh", "1"): {"conversations": [
+            {"role": "user", "content": "几?"}, {"role": "assistant", "content": "3"}]},
+        (2, "labels", "1"): {"conversations": [
+            {"role": "user", "content": "Quote."},
+            {"role": "assistant", "content": "It says 停止 here."}]},
+        (2, "labels", "2"): {},
+        (2, "labels", "3"): ["x"],
+    }  # fmt: skip
+    for (number, language, stem), content in labels.items():
+        path = root / folders[number] / language / f"{stem}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+        picture(root / folders[number] / "images" / f"{stem}.png", 10 * number + int(stem))
+    (root / "__MACOSX" / "labels").mkdir(parents=True)
+    (root / "__MACOSX" / "labels" / "._1.json").write_bytes(b"\0\1")
+    report, built, _ = run("cogvlm_sft_311k", [root])
+    found = {(r["images"][0], r["messages"][1]["content"]): r["meta"]["language"] for r in built}
+    assert found == {
+        (f"{folders[0]}/images/1.png", "The sign 停 says."): "en",
+        (f"{folders[0]}/images/1.png", "写着STOP和GO的牌子。"): "zh",
+        (f"{folders[0]}/images/2.png", "One."): "en",
+        (f"{folders[1]}/images/1.png", "3"): "zh",
+        (f"{folders[2]}/images/1.png", "It says 停止 here."): "en",
+    }
+    assert report["dropped"] == {
+        "record_not_an_object": 1, "text_not_a_string": 1, "turns_missing": 1}  # fmt: skip
+    assert report["repaired"] == {"control_marker_removed": 1, "further_captions_left_out": 1}
+    _, built, _ = run("cogvlm_sft_311k", [root / folders[1]])
+    assert len(built) == 1
+
+
 def test_cogvlm_311k_in_one_language(released_311k, run):
     report, built, _ = run("cogvlm_sft_311k", [released_311k], languages=["zh"])
     assert [r["messages"][1]["content"] for r in built] == ["一辆公共汽车。"]
@@ -141,7 +251,7 @@ def test_cogvlm_311k_in_one_language(released_311k, run):
 def test_cogvlm_311k_broken_label(released_311k, run, tmp_path):
     path = next(released_311k.glob("*/labels_zh/*.json"))
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(DataError, match=r"00000001.json: not valid JSON at byte \d+ of 20"):
+    with pytest.raises(DataError, match=r"00000001\.json: not valid JSON at byte 20"):
         run("cogvlm_sft_311k", [released_311k])
     with pytest.raises(DataError, match="holds no labels"):
         run("cogvlm_sft_311k", [tmp_path / "pictures" / "llava_details-minigpt4" / "images"])
