@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         DataError,
         ModelInputError,
         RecipeError,
+        TrainingError,
     )
     from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMProcessor
     from cogvlm_sft.recipe import Recipe, load_recipe
@@ -36,6 +37,7 @@ _HOMES = {
     "ModelInputError": "cogvlm_sft.errors",
     "Recipe": "cogvlm_sft.recipe",
     "RecipeError": "cogvlm_sft.errors",
+    "TrainingError": "cogvlm_sft.errors",
     "TrainResult": "cogvlm_sft.training.run",
     "Turn": "cogvlm_sft.conversation",
     "load_recipe": "cogvlm_sft.recipe",
@@ -56,6 +58,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "TrainResult",
+    "TrainingError",
     "Turn",
     "load_recipe",
     "read_conversations",

@@ -4,6 +4,7 @@
     ├── RecipeError       a recipe's key, type, value, or the machine it asks for
     ├── DataError         a record, an annotation file, an image
     ├── CheckpointError   a folder of weights, its configuration or its tokenizer
+    ├── TrainingError     a run that was ended from outside, such as by the loss of a process
     └── ModelInputError   tensors or messages that do not fit together (also a ValueError)
 
 The command line prints the message and exits with status 2; any other exception is a defect of
@@ -25,6 +26,10 @@ class DataError(CogVLMSFTError):
 
 class CheckpointError(CogVLMSFTError):
     """A checkpoint folder is missing, incomplete, or not a CogVLM."""
+
+
+class TrainingError(CogVLMSFTError):
+    """A run cannot go on, through no fault of its recipe or data."""
 
 
 class ModelInputError(CogVLMSFTError, ValueError):

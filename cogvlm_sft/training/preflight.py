@@ -114,10 +114,7 @@ def _memory_short(recipe: Recipe, config: CogVLMConfig, world_size: int) -> list
     """A line where the estimate exceeds what this device has, else nothing."""
     available, device = available_memory(world_size)
     found = estimate(recipe, gpus=world_size, gpu_memory_gib=available / GIB, device=device)
-    sharded = any(
-        os.environ.get(name, "").lower() == "true"
-        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    )
+    sharded = _enabled("ACCELERATE_USE_FSDP") or _enabled("ACCELERATE_USE_DEEPSPEED")
     plan = found.plans[-1] if sharded else found.plans[0]
     # Activations are a model of what autograd keeps; refuse only what is clearly too much.
     if 0.9 * plan.total <= available:
@@ -204,7 +201,19 @@ def check_output(recipe: Recipe) -> Path | None:
     found = snapshots.newest_complete(output)
     if found is None:
         print(f"warning: no snapshot in {output} is complete; starting at step 0", file=sys.stderr)
+    elif snapshots.is_sharded(found) != (sharded := _enabled("ACCELERATE_USE_FSDP")):
+        there, here = ("with", "without") if not sharded else ("without", "with")
+        raise RecipeError(
+            f"{recipe.source}: {found} was written by a run {there} FSDP, this one is {here}; go "
+            "on with the launcher's configuration that it was started with (the number of "
+            "processes may differ)"
+        )
     return found
+
+
+def _enabled(variable: str) -> bool:
+    """A switch that accelerate's launcher hands to its processes."""
+    return os.environ.get(variable, "").lower() == "true"
 
 
 def _changes(written: Path, recipe: Recipe) -> list[str]:

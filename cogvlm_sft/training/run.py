@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
@@ -23,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from cogvlm_sft.checkpoint.load import build_model, load_model, save_checkpoint
 from cogvlm_sft.data.collator import CogVLMCollator
 from cogvlm_sft.data.mixture import ConversationDataset
-from cogvlm_sft.errors import CheckpointError
+from cogvlm_sft.errors import CheckpointError, TrainingError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import snapshots
@@ -35,7 +36,7 @@ from cogvlm_sft.training.preflight import (
     processor_for,
 )
 from cogvlm_sft.training.samples import PromptSamples
-from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped
+from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped, is_lost_process
 from cogvlm_sft.training.telemetry import (
     LogWindows,
     MetricsFile,
@@ -81,6 +82,7 @@ def train(recipe: Recipe) -> TrainResult:
         RecipeError: the recipe cannot run here, or its output folder is taken.
         DataError: a conversation or picture is unusable.
         CheckpointError: weights are damaged, or a snapshot cannot be written.
+        TrainingError: another process of the run is gone.
         TrainingStopped: SIGTERM or SIGINT; a snapshot was saved. It exits with 128 + the signal.
     """
     started = time.monotonic()
@@ -128,8 +130,13 @@ def train(recipe: Recipe) -> TrainResult:
             keep_snapshots=recipe.train.keep_snapshots,
             adapter=_adapter_files(recipe),
         )
+        _agree(resume_from)
         try:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        except RuntimeError as error:
+            if world_size == 1 or not is_lost_process(error):
+                raise
+            raise _lost(recipe, error) from error
         finally:
             stop.restore()
             progress.close()
@@ -143,6 +150,30 @@ def train(recipe: Recipe) -> TrainResult:
                 )
             raise TrainingStopped(stop.received or 0, trainer.state.global_step, snapshot)
         return _finish(trainer, model, processor, recipe, started)
+
+
+def _agree(resume_from: Path | None) -> None:
+    """All processes start at the same step.
+
+    Raises:
+        CheckpointError: they do not see the same snapshots.
+    """
+    own = snapshots.snapshot_step(resume_from) if resume_from else 0
+    steps: list[int] = gather_object([own])
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"the processes would go on from different snapshots (steps {steps}); train.output "
+            "must be one folder that all machines see"
+        )
+
+
+def _lost(recipe: Recipe, error: RuntimeError) -> TrainingError:
+    last = snapshots.newest_complete(recipe.train.output)
+    where = f"from {last}" if last else "from its start, since no snapshot was written yet"
+    return TrainingError(
+        f"another process of this run is gone, so process {os.environ.get('RANK', '0')} stops too "
+        f"({str(error).splitlines()[0]}); the same command goes on {where}"
+    )
 
 
 def _finish(

@@ -2,9 +2,11 @@
 
 A run that is told to stop (SIGTERM from a scheduler, SIGINT from a keyboard) finishes its step,
 writes a snapshot and ends with 128 + the signal's number, as a shell would say it; a second signal
-ends it at once.
+ends it at once. Where another process of the run is gone, the next exchange with it fails; that is
+said in one line, and the run goes on from its last snapshot when it is started again.
 """
 
+import re
 import signal
 import sys
 import threading
@@ -24,6 +26,19 @@ class TrainingStopped(SystemExit):
         """`step` is the last one that was trained, `snapshot` where the run goes on from."""
         super().__init__(128 + signal_number)
         self.signal_number, self.step, self.snapshot = signal_number, step, snapshot
+
+
+# How gloo and NCCL say that the other end of a connection is gone.
+_GONE = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|socket closed|remote process exited"
+    r"|ncclremoteerror|ncclsystemerror|heartbeat|watchdog caught collective operation timeout",
+    re.IGNORECASE,
+)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether a collective failed because another process of the run is gone."""
+    return isinstance(error, RuntimeError) and _GONE.search(str(error)) is not None
 
 
 class StopOnSignal(TrainerCallback):

@@ -29,6 +29,7 @@ from cogvlm_sft.errors import CheckpointError, RecipeError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.optimization import hold_trainable_in_fp32, rate_schedule
+from cogvlm_sft.training.stopping import is_lost_process
 from cogvlm_sft.training.throughput import Throughput, peak_flops, trained_matrices
 from cogvlm_sft.tune.adapters import AdapterFiles
 from cogvlm_sft.tune.groups import parameter_groups
@@ -320,6 +321,8 @@ class CogVLMTrainer(SFTTrainer):
                 )
                 snapshots.rotate(output, self.keep_snapshots)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if is_lost_process(error):
+                raise
             # torch reports a full disk as RuntimeError, safetensors as its own error.
             last = [path.name for path in snapshots.snapshots(output)]
             raise CheckpointError(

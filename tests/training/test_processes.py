@@ -1,5 +1,6 @@
-"""Runs in processes of their own: two of them together, and one that is killed."""
+"""Runs in processes of their own: several together, some of them killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,11 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogvlm_sft import Recipe, train
+from cogvlm_sft import Recipe, RecipeError, train
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.telemetry import read_metrics
 
@@ -23,47 +25,176 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
+FSDP = Path(__file__).with_name("fsdp_on_cpu.py")
 
 
-def command(recipe: Recipe, folder: Path, name: str, processes: int = 1) -> list[str]:
+def command(
+    recipe: Recipe, folder: Path, name: str, processes: int = 1, script: Path | None = None
+) -> list[str]:
     path = folder / f"{name}.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [
         sys.executable,
-        *(launcher if processes > 1 else []),
-        "-m",
-        "cogvlm_sft.cli",
-        "train",
+        *(launcher if processes > 1 or script else []),
+        *(["-m", "cogvlm_sft.cli", "train"] if script is None else [str(script)]),
         str(path),
     ]
 
 
+def run(arguments: list[str]) -> None:
+    done = subprocess.run(
+        arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def losses(output: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
+
+
+def wait_for_a_step_after(output: Path, step: int, process: subprocess.Popen[str]) -> None:
+    metrics = output / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.is_file() and any(r["step"] > step for r in read_metrics(metrics)):
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    raise AssertionError("the run does not move")
+
+
+def rank(process: subprocess.Popen[str], number: int) -> psutil.Process:
+    """The process of a rank below a launcher."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if child.environ().get("RANK") == str(number):
+            return child
+    raise AssertionError(f"no process of rank {number}")
+
+
+@pytest.fixture
+def mixed(world: Path, tmp_path: Path) -> Path:
+    """Every second conversation has no picture, so at batch 1 some ranks of a step see none."""
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    for row in rows[::2]:
+        row.update(images=[], style="text")
+        row["messages"][0]["content"] = row["messages"][0]["content"].removeprefix("<image>\n")
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """1 x batch 4 = 2 x batch 2, losses within 1e-6 and the same data in each step."""
-    losses = []
-    for processes in (1, 2):
+def test_one_two_and_four_processes_agree(
+    make_recipe: MakeRecipe, mixed: Path, tmp_path: Path
+) -> None:
+    """1 x batch 4 = 2 x 2 = 4 x 1, losses within 1e-6, with and without pictures in a step."""
+    found = []
+    for processes in (1, 2, 4):
         output = tmp_path / f"on{processes}"
         recipe = make_recipe(
-            train__output=output, train__micro_batch_size=4 // processes, train__iterations=7
+            data__train=[{"path": str(mixed)}],
+            train__output=output,
+            train__micro_batch_size=4 // processes,
+            train__iterations=6,
         )
         if processes == 1:
             train(recipe)
-            losses.append([row["loss"] for row in read_metrics(output / "metrics.jsonl")])
-            continue
-        done = subprocess.run(
-            command(recipe, tmp_path, f"on{processes}", processes),
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+        else:
+            run(command(recipe, tmp_path, f"on{processes}", processes))
+        found.append(losses(output))
+    assert len(found[0]) == 6
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+    assert found[2] == pytest.approx(found[0], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_fsdp_equals_one_process_and_resumes_on_another_number(
+    make_recipe: MakeRecipe, mixed: Path, tmp_path: Path
+) -> None:
+    """Sharded over two, then from its snapshot on one; text-only ranks stay in step."""
+
+    def recipe(name: str, micro: int) -> Recipe:
+        return make_recipe(
+            data__train=[{"path": str(mixed)}],
+            train__output=tmp_path / name,
+            train__micro_batch_size=micro,
+            train__iterations=6,
+            train__save_every=3,
+            tune__language={"rate": 0.1},
+            tune__vision_tower={"mode": "frozen"},
         )
-        assert done.returncode == 0, done.stderr
-        losses.append([row["loss"] for row in read_metrics(output / "metrics.jsonl")])
-    assert len(losses[0]) == 7
-    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+
+    train(recipe("whole", 4))
+    sharded = tmp_path / "sharded"
+    run(command(recipe("sharded", 1), tmp_path, "on2", 2, FSDP))
+    assert losses(sharded) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "whole"))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], atol=1e-5, rtol=1e-4)
+
+    # As if it had been killed after its first snapshot.
+    (sharded / "config.json").unlink()
+    snapshots.rotate(sharded, 2)
+    newest = snapshots.snapshot_folder(sharded, 6)
+    (newest / "snapshot.json").unlink()
+    assert snapshots.newest_complete(sharded) == snapshots.snapshot_folder(sharded, 3)
+    with pytest.raises(RecipeError, match="with FSDP, this one is without"):
+        train(recipe("sharded", 4))
+    run(command(recipe("sharded", 2), tmp_path, "on1", 1, FSDP))
+    assert losses(sharded) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+    resumed = load_file(sharded / "model.safetensors")
+    for name, value in resumed.items():
+        torch.testing.assert_close(value, other[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_stop_together(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """SIGTERM to one of two, then SIGKILL to one of two, then to the end."""
+    output = tmp_path / "pair"
+    recipe = make_recipe(train__output=output, train__iterations=120, train__save_every=10)
+    arguments = command(recipe, tmp_path, "pair", 2)
+
+    process = start(arguments)
+    wait_for_a_step_after(output, 5, process)
+    rank(process, 1).send_signal(signal.SIGTERM)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert "goes on from" in message
+    newest = snapshots.newest_complete(output)
+    assert newest is not None
+    stopped = snapshots.snapshot_step(newest)
+    assert [row["step"] for row in read_metrics(output / "metrics.jsonl")][-1] == stopped
+
+    process = start(arguments)
+    wait_for_a_step_after(output, stopped + 15, process)
+    rank(process, 1).kill()
+    killed = time.monotonic()
+    message = process.communicate(timeout=60)[1]
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    assert "another process of this run is gone, so process 0 stops too" in message
+    assert not (output / "config.json").exists()
+
+    run(arguments)
+    assert (output / "config.json").exists()
+    steps = [row["step"] for row in read_metrics(output / "metrics.jsonl")]
+    assert steps == list(range(1, 121))
+    whole = make_recipe(
+        train__output=tmp_path / "whole", train__iterations=120, train__save_every=10
+    )
+    train(whole)
+    assert losses(output) == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
 
 
 @pytest.mark.slow
@@ -75,26 +206,8 @@ def test_sigterm_then_sigkill_then_the_same_weights(
             train__output=tmp_path / name, train__iterations=150, train__save_every=10
         )
 
-    def run(name: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command(recipe(name), tmp_path, name),
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def wait_for_a_step_after(output: Path, step: int, process: subprocess.Popen[str]) -> None:
-        metrics = output / "metrics.jsonl"
-        for _ in range(1200):
-            if metrics.is_file() and any(r["step"] > step for r in read_metrics(metrics)):
-                return
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.1)
-        raise AssertionError("the run does not move")
-
     broken = tmp_path / "broken"
-    process = run("broken")
+    process = start(command(recipe("broken"), tmp_path, "broken"))
     wait_for_a_step_after(broken, 5, process)
     process.send_signal(signal.SIGTERM)
     message = process.communicate(timeout=120)[1]
@@ -104,13 +217,13 @@ def test_sigterm_then_sigkill_then_the_same_weights(
     assert newest is not None
     assert not (broken / "config.json").exists()
 
-    process = run("broken")
+    process = start(command(recipe("broken"), tmp_path, "broken"))
     wait_for_a_step_after(broken, snapshots.snapshot_step(newest) + 15, process)
     process.kill()
     process.communicate(timeout=60)
     assert not (broken / "config.json").exists()
 
-    process = run("broken")
+    process = start(command(recipe("broken"), tmp_path, "broken"))
     message = process.communicate(timeout=300)[1]
     assert process.returncode == 0, message
     train(recipe("whole"))
