@@ -96,6 +96,22 @@ def _chat(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _checkpoint_compose(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.checkpoint.compose import compose, config_fields
+
+    out = compose(
+        arguments.language_model,
+        arguments.vision_tower,
+        arguments.out,
+        config=config_fields(arguments.fields),
+        tokenizer=arguments.tokenizer,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+    )
+    print(f"checkpoint: {out}")
+    return 0
+
+
 def _data_sources(arguments: argparse.Namespace) -> int:
     from data_builders.source import list_sources
 
@@ -250,9 +266,58 @@ def _parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--json", action="store_true", help="with --question: print a JSON object")
 
+    _add_checkpoint(commands)
     _add_data(commands)
     _add_recipe(commands)
     return parser
+
+
+def _add_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    checkpoint = commands.add_parser(
+        "checkpoint",
+        help="compose and convert checkpoints",
+        epilog="example: cogvlm-sft checkpoint compose --language-model checkpoints/vicuna-7b-v1.5 "
+        "--vision-tower checkpoints/eva02-clip-e --out checkpoints/base",
+    )
+    kinds = checkpoint.add_subparsers(required=True, metavar="COMMAND")
+
+    compose = _add(
+        kinds,
+        "compose",
+        _checkpoint_compose,
+        "a base model from a Llama and a vision tower; the visual expert is the Llama's copy",
+        "cogvlm-sft checkpoint compose --language-model checkpoints/vicuna-7b-v1.5 "
+        "--vision-tower checkpoints/eva02-clip-e --out checkpoints/base",
+    )
+    compose.add_argument(
+        "--language-model",
+        type=Path,
+        required=True,
+        metavar="DIR|GGUF",
+        help="Hugging Face folder of a Llama, or a .gguf file",
+    )
+    compose.add_argument(
+        "--vision-tower",
+        required=True,
+        metavar="DIR|random",
+        help="EVA2-CLIP-E (timm, open_clip or Hugging Face names), a CogVLM, or random",
+    )
+    compose.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    compose.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="in place of the language model's own"
+    )
+    compose.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights on the disk; the language model's by default",
+    )
+    compose.add_argument("--seed", type=int, default=0, metavar="N", help="of fresh parts")
+    compose.add_argument(
+        "fields",
+        nargs="*",
+        metavar="key=value",
+        help="fields of config.json to set, such as vision_config.image_size=224",
+    )
 
 
 def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

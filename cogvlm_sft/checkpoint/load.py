@@ -9,17 +9,18 @@ checkpoint. Only safetensors is read: the older `.bin` files are pickles, which 
 import difflib
 import json
 import os
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cogvlm_sft.checkpoint.adapter import base_of, is_adapter, wear_adapter
+from cogvlm_sft.checkpoint.positions import resize_positions, with_image_size
 from cogvlm_sft.checkpoint.quantized import nf4_config, settle_quantized
+from cogvlm_sft.checkpoint.staging import staged
+from cogvlm_sft.checkpoint.weights import INDEX, check_fit, read_headers
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMImageProcessor, CogVLMProcessor
 
@@ -35,6 +36,7 @@ def load_model(
     attention: str = "sdpa",
     quantize: Collection[str] = (),
     base: str | Path | None = None,
+    image_size: int | None = None,
 ) -> CogVLMForCausalLM:
     """Load a CogVLM from a folder in the released layout, every tensor accounted for.
 
@@ -47,6 +49,8 @@ def load_model(
         attention: one of transformers' attention implementations, such as "sdpa".
         quantize: parameter groups whose linears are held in NF4 (`checkpoint.quantized`).
         base: of an adapter, in place of the folder that its configuration names.
+        image_size: side of the pictures in pixels, where it is to differ from the checkpoint's;
+            the tower's position embedding is interpolated (`checkpoint.positions`).
 
     Raises:
         CheckpointError: the folder, its configuration or its weights are missing, damaged, or do
@@ -55,7 +59,9 @@ def load_model(
     folder = Path(path)
     if is_adapter(folder):
         root = base_of(folder, base)
-        model = load_model(root, dtype=dtype, attention=attention, quantize=quantize)
+        model = load_model(
+            root, dtype=dtype, attention=attention, quantize=quantize, image_size=image_size
+        )
         return wear_adapter(model, folder, merge=not quantize)
     config = load_config(folder)
     _check_tensors(folder, config)
@@ -63,9 +69,9 @@ def load_model(
         model, info = CogVLMForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=_torch_dtype(dtype),
+            dtype=torch_dtype(dtype),
             attn_implementation=attention,
-            quantization_config=nf4_config(config, quantize, _torch_dtype(dtype)),
+            quantization_config=nf4_config(config, quantize, torch_dtype(dtype)),
             # 4-bit weights are made on the device where they stay; others are moved later.
             device_map={"": _device()} if quantize else None,
             output_loading_info=True,
@@ -83,6 +89,8 @@ def load_model(
         raise CheckpointError(f"{folder}: weights were not loaded whole: {_some(problems)}")
     if quantize:
         settle_quantized(model, quantize)
+    if image_size is not None:
+        resize_positions(model, image_size)
     return model
 
 
@@ -98,7 +106,7 @@ def build_model(
         CheckpointError: a field is unknown (the nearest known one is named) or sizes contradict.
     """
     model: CogVLMForCausalLM = CogVLMForCausalLM._from_config(
-        make_config(config), dtype=_torch_dtype(dtype), attn_implementation=attention
+        make_config(config), dtype=torch_dtype(dtype), attn_implementation=attention
     )
     return model
 
@@ -160,7 +168,7 @@ def weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -185,12 +193,15 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def load_processor(path: str | Path, tokenizer: str | Path | None = None) -> CogVLMProcessor:
+def load_processor(
+    path: str | Path, tokenizer: str | Path | None = None, *, image_size: int | None = None
+) -> CogVLMProcessor:
     """The processor of a checkpoint folder.
 
     Args:
         path: checkpoint folder; released ones hold no tokenizer.
         tokenizer: tokenizer folder to use instead of the checkpoint's own.
+        image_size: side of the pictures in pixels, as given to `load_model`.
 
     Raises:
         CheckpointError: neither folder holds a tokenizer.
@@ -199,6 +210,10 @@ def load_processor(path: str | Path, tokenizer: str | Path | None = None) -> Cog
     config = load_config(folder)
     if is_adapter(folder) and not (folder / "processor_config.json").is_file():
         folder = base_of(folder)  # an adapter that another tool wrote
+    if image_size is not None:
+        return build_processor(
+            with_image_size(config, image_size), folder if tokenizer is None else tokenizer
+        )
     if tokenizer is None and (folder / "processor_config.json").is_file():
         _check_tokenizer(folder)
         processor: CogVLMProcessor = CogVLMProcessor.from_pretrained(folder, local_files_only=True)
@@ -206,18 +221,20 @@ def load_processor(path: str | Path, tokenizer: str | Path | None = None) -> Cog
     return build_processor(config, folder if tokenizer is None else tokenizer)
 
 
-def build_processor(config: CogVLMConfig, tokenizer: str | Path) -> CogVLMProcessor:
-    """A processor for a configuration: its picture size and style, with a tokenizer folder.
+def build_processor(
+    config: CogVLMConfig, tokenizer: str | Path | PreTrainedTokenizerBase
+) -> CogVLMProcessor:
+    """A processor for a configuration: its picture size and style, with a tokenizer or its folder.
 
     Raises:
         CheckpointError: the folder is missing or holds no tokenizer, or its vocabulary is larger
             than the model's.
     """
-    loaded = _load_tokenizer(Path(tokenizer))
+    loaded = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
     if len(loaded) > config.vocab_size:
         raise CheckpointError(
-            f"{tokenizer}: the tokenizer has {len(loaded)} tokens, the model's vocab_size is "
-            f"{config.vocab_size}; expected at most that many"
+            f"{loaded.name_or_path}: the tokenizer has {len(loaded)} tokens, the model's "
+            f"vocab_size is {config.vocab_size}; expected at most that many"
         )
     return CogVLMProcessor(
         CogVLMImageProcessor.for_config(config), loaded, style=config.template_version
@@ -234,9 +251,7 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint in the released layout, with tokenizer and processor beside the weights.
 
-    Everything is written into a hidden folder first. If `out` is new it appears by one rename; if
-    it exists (and holds a run's logs) the files are moved in one by one, config.json last: a folder
-    without it is no checkpoint to any reader.
+    It appears whole or not at all (`staging`).
 
     Args:
         model: the model, unwrapped.
@@ -248,36 +263,19 @@ def save_checkpoint(
     Raises:
         CheckpointError: `out` holds a checkpoint already, or cannot be written.
     """
-    target = Path(out)
-    if (target / "config.json").exists():
-        raise CheckpointError(f"{target} already holds a checkpoint; choose another folder")
-    # On the target's own file system: a rename does not cross from one to another.
-    beside = not target.exists()
-    staging = target.parent / f".{target.name}.writing" if beside else target / ".writing"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+    with staged(out) as folder:
         weights = model.state_dict() if state_dict is None else dict(state_dict)
         if dtype is not None:
-            wanted = _torch_dtype(dtype)
+            wanted = torch_dtype(dtype)
             weights = {
                 name: tensor.to(wanted) if tensor.is_floating_point() else tensor
                 for name, tensor in weights.items()
             }
-        model.save_pretrained(staging, state_dict=weights, max_shard_size=_SHARD_SIZE)
+        model.save_pretrained(folder, state_dict=weights, max_shard_size=_SHARD_SIZE)
         if dtype is not None:
-            _write_dtype(staging / "config.json", _torch_dtype(dtype))
-        processor.save_pretrained(staging)
-        if beside:
-            os.replace(staging, target)
-        else:
-            for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, target / file.name)
-    except OSError as error:
-        raise CheckpointError(f"{target}: the checkpoint cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return target
+            _write_dtype(folder / "config.json", torch_dtype(dtype))
+        processor.save_pretrained(folder)
+    return Path(out)
 
 
 def _write_dtype(file: Path, dtype: torch.dtype) -> None:
@@ -293,39 +291,29 @@ def _check_tensors(folder: Path, config: CogVLMConfig) -> None:
     Raises:
         CheckpointError: a file is damaged, or tensors are missing, unexpected or misshapen.
     """
-    found: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    found[name] = tuple(tensors.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file}: damaged or incomplete ({error}); fetch it again"
-            ) from None
-    with torch.device("meta"):
-        expected = {
-            name: tuple(tensor.shape)
-            for name, tensor in CogVLMForCausalLM(config).state_dict().items()
-        }
-    missing, unexpected = (
-        sorted(name for name in names if not name.endswith(OPTIONAL_SUFFIX))
-        for names in (expected.keys() - found.keys(), found.keys() - expected.keys())
+    headers = read_headers(weight_files(folder))
+    check_fit(
+        folder,
+        {name: header.shape for name, header in headers.items()},
+        expected_shapes(config),
+        {name: header.file for name, header in headers.items()},
+        optional=OPTIONAL_SUFFIX,
     )
-    misshapen = [
-        f"{name}: {found[name]} in the file, {shape} by config.json"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if missing or unexpected or misshapen:
-        raise CheckpointError(
-            f"{folder}: the weights do not fit config.json: {len(missing)} missing "
-            f"({_some(missing)}), {len(unexpected)} unexpected ({_some(unexpected)}), "
-            f"{len(misshapen)} misshapen ({_some(misshapen)})"
-        )
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def expected_shapes(config: CogVLMConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a configuration, in the model's order; nothing is drawn."""
+    with torch.device("meta"):
+        model = CogVLMForCausalLM(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder.
+
+    Raises:
+        CheckpointError: it holds none, or a damaged one.
+    """
     _check_tokenizer(folder)
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -363,7 +351,12 @@ def _device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
-def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from its name.
+
+    Raises:
+        CheckpointError: there is no such dtype.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None)

@@ -92,10 +92,10 @@ def run(split: str = "heldout", sizes: Sizes = DEFAULT_SIZES) -> dict[str, Any]:
     clock = time.monotonic()
     examples = make_corpus(HOME, sizes)
     train_tokenizer(training_texts(examples), HOME / "tokenizer")
-    _command("data", "build", str(recipes / "pretrain_data.yaml"))
-    _command("data", "build", str(recipes / "data.yaml"))
+    run_command("data", "build", str(recipes / "pretrain_data.yaml"))
+    run_command("data", "build", str(recipes / "data.yaml"))
     for task, (_, source, ending) in TASKS.items():
-        _command(
+        run_command(
             "data",
             "build",
             str(recipes / "heldout.yaml"),
@@ -109,7 +109,7 @@ def run(split: str = "heldout", sizes: Sizes = DEFAULT_SIZES) -> dict[str, Any]:
     for number, stage in (("2/4", "pretrain"), ("3/4", "chat")):
         _say(number, f"cogvlm-sft train {recipes / stage}.yaml")
         clock = time.monotonic()
-        _command("train", str(recipes / f"{stage}.yaml"))
+        run_command("train", str(recipes / f"{stage}.yaml"))
         seconds[stage] = time.monotonic() - clock
 
     _say("4/4", f"{split} pictures, before and after alignment")
@@ -124,7 +124,7 @@ def run(split: str = "heldout", sizes: Sizes = DEFAULT_SIZES) -> dict[str, Any]:
         "tasks": {task: _figures(result) for task, result in after.items()},
         "before_alignment": {task: _figures(result) for task, result in before.items()},
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
-        "peak_memory_gib": round(_peak_memory_gib(), 3),
+        "peak_memory_gib": round(peak_memory_gib(), 3),
     }
     text = json.dumps(report, indent=2) + "\n"
     (HOME / "report.json").write_text(text, encoding="utf-8")
@@ -207,7 +207,7 @@ def _samples(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _command(*arguments: str) -> None:
+def run_command(*arguments: str) -> None:
     """Runs `cogvlm-sft` in a process of its own, with this interpreter."""
     subprocess.run([sys.executable, "-m", "cogvlm_sft.cli", *arguments], check=True)
 
@@ -216,7 +216,7 @@ def _say(number: str, text: str) -> None:
     print(f"\n[{number}] {text}", flush=True)
 
 
-def _peak_memory_gib() -> float:
+def peak_memory_gib() -> float:
     """The largest resident size that this process or any of its children had.
 
     `ru_maxrss` is in KiB on Linux and in bytes on macOS.

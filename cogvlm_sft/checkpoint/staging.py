@@ -1,0 +1,42 @@
+"""A checkpoint folder appears whole or not at all.
+
+Everything is written into a hidden folder first. Where the target is new it appears by one rename;
+where it exists (and holds a run's logs) the files are moved in one by one, config.json last: a
+folder without it is no checkpoint to any reader.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cogvlm_sft.errors import CheckpointError
+
+
+@contextmanager
+def staged(out: str | Path) -> Iterator[Path]:
+    """A folder to write a checkpoint into, published at `out` when the block ends well.
+
+    Raises:
+        CheckpointError: `out` holds a checkpoint already, or cannot be written.
+    """
+    target = Path(out)
+    if (target / "config.json").exists():
+        raise CheckpointError(f"{target} already holds a checkpoint; choose another folder")
+    # On the target's own file system: a rename does not cross from one to another.
+    beside = not target.exists()
+    staging = target.parent / f".{target.name}.writing" if beside else target / ".writing"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        if beside:
+            os.replace(staging, target)
+        else:
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, target / file.name)
+    except OSError as error:
+        raise CheckpointError(f"{target}: the checkpoint cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
