@@ -29,6 +29,7 @@ from cogvlm_sft.checkpoint.load import (
     make_config,
     torch_dtype,
 )
+from cogvlm_sft.checkpoint.positions import POSITION_EMBEDDING
 from cogvlm_sft.checkpoint.staging import staged
 from cogvlm_sft.checkpoint.vision_tower import TOWER, open_vision_tower
 from cogvlm_sft.checkpoint.weights import Planned, write_weights
@@ -80,11 +81,15 @@ def compose(
     del embedding
     shapes = expected_shapes(full)
     draw = partial(_fresh, std=full.initializer_range, seed=seed)
+    pixels = torch.Size(shapes[f"{TOWER}patch_embedding.proj.weight"][1:]).numel()
     for name, shape in shapes.items():
         if name in makers:
             continue
         if name in (f"{TOWER}boi", f"{TOWER}eoi"):
             makers[name] = partial(_fresh, name, shape, std=scale, seed=seed)
+        elif name == POSITION_EMBEDDING:
+            std = full.initializer_range * pixels**0.5
+            makers[name] = partial(_fresh, name, shape, std=std, seed=seed)
         elif name.endswith("rotary_emb.inv_freq"):
             makers[name] = partial(inverse_frequencies, full)
         elif name == f"{_ADAPTER}dense_4h_to_h.weight":

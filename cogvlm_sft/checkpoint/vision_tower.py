@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,7 +79,7 @@ def open_vision_tower(path: str | Path, config: CogVLMConfig) -> dict[str, Make]
     shapes, read = _open(place)
     if _PATCHES + "proj.weight" in shapes:
         source: dict[str, Make] = {
-            name: (lambda name=name: read(name)) for name in shapes if name.startswith(TOWER)
+            name: partial(read, name) for name in shapes if name.startswith(TOWER)
         }
         depth = 1 + max(int(m[1]) for m in map(_LAYER.fullmatch, source) if m)
     else:

@@ -179,7 +179,7 @@ def _write_shard(file: Path, tensors: Sequence[Planned], written: Callable[[int]
                     f"{tensor.name}: has shape {tuple(made.shape)}, expected {tensor.shape}"
                 )
             flat = made.detach().to("cpu", tensor.dtype).contiguous().reshape(-1)
-            stream.write(memoryview(flat.view(torch.uint8).numpy()))
+            flat.view(torch.uint8).numpy().tofile(stream)
             written(tensor.nbytes)
 
 
