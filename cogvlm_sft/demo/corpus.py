@@ -85,8 +85,8 @@ class Sizes:
         photo_crops: Crops of each photo.
     """
 
-    digit_copies: int = 4
-    signs: int = 9_000
+    digit_copies: int = 3
+    signs: int = 7_000
     shapes: int = 8_000
     photo_crops: int = 24
 
