@@ -113,7 +113,7 @@ def _checkpoint_compose(arguments: argparse.Namespace) -> int:
 
 
 def _data_sources(arguments: argparse.Namespace) -> int:
-    from data_builders.source import list_sources
+    from data_builders.catalogue import list_sources
 
     print(list_sources(arguments.root))
     return 0

@@ -3,7 +3,7 @@
 Two released shapes are read: COCO's (`images` and `annotations`, joined by the picture's id) and
 Karpathy's (`images`, each with its split and its sentences), which is the split that results are
 published on. The caption has no question in the data, so it becomes the answer to one of three
-fixed requests, chosen by its hash.
+fixed requests, chosen by its hash; in style `base` nothing is asked, as in pretraining.
 """
 
 from collections import Counter
@@ -49,9 +49,12 @@ class CaptionSource(Source):
             return "empty_answer" if caption is None else "answer_not_a_text"
         meta = dict(record.get("meta", ())) | ({} if split == "train" else {"split": split})
         request = choose(REQUESTS, caption)
-        return self.short(
+        draft = self.short(
             request, caption, record["image"], notes, orig_id=text_of(record.get("id")), meta=meta
         )
+        if isinstance(draft, Draft) and self.default_style == "base":
+            draft.turns[0] = ""
+        return draft
 
     def _rows(self, path: Path) -> Iterator[list[Any]]:
         pictures = read_records(path, ("images",))

@@ -119,7 +119,7 @@ class JoinedVqa(Source):
             given = majority(texts) if texts else None
         meta = self.facts(answer)
         if split != "train":
-            meta |= {"split": split, "answers": texts}
+            meta["split"] = split
         identity = text_of(answer.get("question_id"))
         return self.short(
             record["question"], given, record["image"], notes, orig_id=identity, meta=meta

@@ -23,17 +23,28 @@ from cogvlm_sft.errors import DataError
 from data_builders.annotations import Batch, read_records
 from data_builders.clean import flags_of, has_alien, rounds, text_of
 from data_builders.images import ImageFinder
-from data_builders.recipe import SourceEntry, Strict, options, source_names
+from data_builders.recipe import SourceEntry, Strict, options
 
 EXAMPLES = 20
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file to fetch: its name, size in bytes (0 where unknown), and what it holds."""
+    """A file to fetch: its name, size in bytes (0 where unknown), and what it holds.
+
+    A name that other sets use too is given with the folder that the shipped recipes expect it in.
+    """
 
     name: str
     size: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of pictures, as the shipped recipes lay it out, and where it comes from."""
+
+    name: str
     note: str = ""
 
 
@@ -79,7 +90,7 @@ class Source:
     commercial: ClassVar[bool] = True
     home: ClassVar[str] = ""
     files: ClassVar[tuple[File, ...]] = ()
-    image_folders: ClassVar[tuple[str, ...]] = ()
+    image_folders: ClassVar[tuple[Folder, ...]] = ()
     wrappers: ClassVar[tuple[str, ...]] = ()
     style: ClassVar[str] = "chat"
     needs_annotations: ClassVar[bool] = True
@@ -251,7 +262,8 @@ class RecordStage:
                 for place, text in enumerate(turns)
             ]
             if paths:
-                messages[0]["content"] = "<image>\n" * len(paths) + turns[0]
+                markers = "<image>\n" * len(paths)
+                messages[0]["content"] = markers + turns[0] if turns[0] else markers[:-1]
             meta: dict[str, Any] = {
                 "license": licence, "orig_file": batch.file, "orig_index": index,
             }  # fmt: skip
@@ -316,28 +328,3 @@ def excerpt(record: Any, length: int = 240) -> str:
 def load_source(name: str) -> type[Source]:
     """The class of a source, by module name."""
     return importlib.import_module(f"data_builders.sources.{name}").SOURCE
-
-
-def list_sources(folder: Path | None = None) -> str:
-    """A table of all sources: files to fetch, sizes, licence, image folders, what is missing.
-
-    Args:
-        folder: Where to look for the files; the working directory unless given.
-    """
-    here = folder or Path.cwd()
-    present = {path.name for path in here.rglob("*") if not path.is_dir()}
-    blocks: list[str] = []
-    for name in source_names():
-        source = load_source(name)
-        use = "" if source.commercial else " (non-commercial)"
-        rows = [f"{name}: {source.title}", f"  licence  {source.license}{use}"]
-        if source.home:
-            rows.append(f"  fetch    {source.home}")
-        for file in source.files:
-            state = "here" if file.name in present else "missing"
-            size = f"{file.size / 1e6:,.0f} MB" if file.size else "-"
-            rows.append(f"  {state:8} {file.name:52} {size:>10}  {file.note}".rstrip())
-        if source.image_folders:
-            rows.append(f"  images   {', '.join(source.image_folders)}")
-        blocks.append("\n".join(rows))
-    return "\n\n".join(blocks)

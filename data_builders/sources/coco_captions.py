@@ -11,7 +11,7 @@ Usage:
 """
 
 from data_builders.caption_sets import CaptionSource
-from data_builders.source import File
+from data_builders.source import File, Folder
 
 
 class CocoCaptions(CaptionSource):
@@ -26,7 +26,10 @@ class CocoCaptions(CaptionSource):
         File("captions_train2014.json", 0, "in annotations_trainval2014.zip"),
         File("captions_val2014.json", 0, "held out"),
     )
-    image_folders = ("train2014 (train2014.zip)", "val2014 (val2014.zip), or train2017 for both")
+    image_folders = (
+        Folder("coco/train2014", "train2014.zip, 13.5 GB, 82,783 pictures; or train2017"),
+        Folder("coco/val2014", "val2014.zip, 6.6 GB, 40,504 pictures"),
+    )
 
 
 SOURCE = CocoCaptions

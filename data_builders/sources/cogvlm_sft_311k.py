@@ -27,7 +27,7 @@ from data_builders.annotations import Batch, read_json
 from data_builders.clean import choose, dialogue, rounds
 from data_builders.images import ImageFinder
 from data_builders.recipe import SourceEntry, Strict
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 
 _ROWS = 500
 _HAN = re.compile("[\u4e00-\u9fff]")
@@ -65,7 +65,7 @@ class CogvlmSft311k(Source):
     commercial = False
     home = "huggingface.co/datasets/THUDM/CogVLM-SFT-311K"
     files = (File("CogVLM-SFT-311K.zip", 8_219_020_365, "155,771 pictures, labels in both"),)
-    image_folders = ("CogVLM-SFT-311K (unpacked)",)
+    image_folders = (Folder("CogVLM-SFT-311K", "unpacked; pictures lie beside their labels"),)
     reads_folders = True
     Options = Options311k
 

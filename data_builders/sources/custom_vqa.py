@@ -31,7 +31,7 @@ from data_builders.annotations import ROWS, Batch, read_records
 from data_builders.clean import dialogue, majority, rounds, text_of
 from data_builders.images import ImageFinder
 from data_builders.recipe import Strict
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 from data_builders.tables import csv_rows, parquet_rows
 
 # What a spreadsheet runs: a call, a DDE link, a cell, arithmetic behind an equals sign.
@@ -82,7 +82,9 @@ class CustomVQA(Source):
     files = (
         File("*.csv, *.tsv, *.jsonl, *.json, *.parquet", 0, "columns image, question, answer"),
     )
-    image_folders = ("any folder; without annotations its file names are the answers",)
+    image_folders = (
+        Folder("mine/images", "any folder; without annotations its file names are the answers"),
+    )
     wrappers = ("data", "annotations", "questions")
     style = "vqa"
     needs_annotations = False

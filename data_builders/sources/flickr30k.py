@@ -9,7 +9,7 @@ Usage:
 """
 
 from data_builders.caption_sets import CaptionSource
-from data_builders.source import File
+from data_builders.source import File, Folder
 
 
 class Flickr30k(CaptionSource):
@@ -23,7 +23,7 @@ class Flickr30k(CaptionSource):
         "cs.stanford.edu/people/karpathy/deepimagesent (caption_datasets.zip); pictures on request"
     )
     files = (File("dataset_flickr30k.json", 0, "31,014 pictures; about 29,000 train"),)
-    image_folders = ("flickr30k-images",)
+    image_folders = (Folder("flickr30k-images", "on request from the authors; 31,783 pictures"),)
 
 
 SOURCE = Flickr30k

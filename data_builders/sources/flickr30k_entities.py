@@ -30,7 +30,7 @@ from data_builders.caption_sets import REQUESTS
 from data_builders.clean import choose
 from data_builders.images import ImageFinder
 from data_builders.recipe import SourceEntry
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 from data_builders.splits import Split, SplitOptions
 
 GROUNDED_REQUESTS = (
@@ -53,11 +53,11 @@ class Flickr30kEntities(Source):
     files = (
         File("annotations.zip", 0, "Annotations and Sentences: 31,783 pictures, 158,915 captions"),
         File("UNRELATED_CAPTIONS", 0, "captions to leave out"),
-        File("train.txt", 0, "ids"),
-        File("val.txt", 0, "1,000 ids, held out"),
-        File("test.txt", 0, "1,000 ids, held out"),
+        File("flickr30k_entities/train.txt", 0, "ids"),
+        File("flickr30k_entities/val.txt", 0, "1,000 ids, held out"),
+        File("flickr30k_entities/test.txt", 0, "1,000 ids, held out"),
     )
-    image_folders = ("flickr30k-images",)
+    image_folders = (Folder("flickr30k-images", "on request from the authors; 31,783 pictures"),)
     style = "base"
     reads_folders = True
     Options = SplitOptions

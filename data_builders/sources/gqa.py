@@ -16,7 +16,7 @@ from typing import Any
 from data_builders.annotations import Batch, read_keyed
 from data_builders.clean import text_of
 from data_builders.images import ImageFinder
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 from data_builders.splits import SplitOptions, split_of_file
 
 
@@ -38,7 +38,7 @@ class Gqa(Source):
         File("val_balanced_questions.json", 0, "held out"),
         File("testdev_balanced_questions.json", 0, "12,578; held out"),
     )
-    image_folders = ("images (images.zip)", "or VG_100K and VG_100K_2")
+    image_folders = (Folder("gqa/images", "images.zip, 20 GB; or Visual Genome's folders"),)
     style = "vqa"
     Options = GqaOptions
 

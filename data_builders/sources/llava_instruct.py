@@ -18,7 +18,7 @@ from collections import Counter
 from typing import Any
 
 from data_builders.clean import dialogue
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 
 _SHORT_ANSWER = (
     "Answer the question using a single word or phrase.",
@@ -50,9 +50,13 @@ class LlavaInstruct(Source):
         File("llava_v1_5_mix665k.json", 1_030_000_000, "665,298 records, holds 150k"),
     )
     image_folders = (
-        "coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images",
-        "vg/VG_100K", "vg/VG_100K_2",
-    )  # fmt: skip
+        Folder("coco/train2017", "train2017.zip, 19.3 GB, 118,287 pictures"),
+        Folder("gqa/images", "the mix alone"),
+        Folder("ocr_vqa/images", "the mix alone; all saved as .jpg"),
+        Folder("textvqa/train_images", "train_val_images.zip, pictures of train and val"),
+        Folder("vg/VG_100K", "images.zip of Visual Genome"),
+        Folder("vg/VG_100K_2", "images2.zip"),
+    )
 
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
         """Understands one record; see `Source.draft`."""

@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any
 
 from data_builders.images import picture_key
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 from data_builders.sources.llava_instruct import llava_draft
 
 
@@ -33,7 +33,7 @@ class Llavar(Source):
         File("finetune.zip", 603_000_000, "pictures"),
         File("REval.zip", 149_000_000, "50 pictures held out, for decontaminate"),
     )
-    image_folders = ("finetune (unpacked)",)
+    image_folders = (Folder("llavar/finetune", "finetune.zip"),)
 
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
         """Understands one record; see `Source.draft`."""

@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 
 # "whether it is red", "it" and the like make no sentence with "there is no"; those rows are dropped
 _NO_MENTION = re.compile(
@@ -56,7 +56,10 @@ class LrvInstruction(Source):
         File("evaluation_set.json", 0, "Evaluation/; 120 pictures held out, for decontaminate"),
         File("filter_cap.json", 0, "line 5; v1 with coordinates, not advised"),
     )
-    image_folders = ("image (the authors' archive, line 12)", "chart_image (line 36)")
+    image_folders = (
+        Folder("lrv/image", "the authors' archive, line 12; or Visual Genome's folders"),
+        Folder("lrv/chart_image", "line 36"),
+    )
     wrappers = ("annotations",)
 
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:

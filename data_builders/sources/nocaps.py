@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_builders.caption_sets import CaptionSource
-from data_builders.source import File
+from data_builders.source import File, Folder
 from data_builders.splits import Split, split_of_file
 
 
@@ -25,7 +25,7 @@ class Nocaps(CaptionSource):
     license = "CC-BY"
     home = "nocaps.org/download"
     files = (File("nocaps_val_4500_captions.json", 0, "4,500 pictures, 45,000 captions; held out"),)
-    image_folders = ("images (of OpenImages, by their file_name)",)
+    image_folders = (Folder("nocaps/images", "of OpenImages, saved by file_name"),)
 
     def split(self, path: Path) -> Split:
         """Validation, whatever the file is called, except for the test part."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from data_builders.annotations import ROWS, Batch, read_mapping
 from data_builders.images import SUFFIXES, ImageFinder
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 from data_builders.splits import SplitOptions
 
 _SPLITS = {1: "train", 2: "val", 3: "test", "1": "train", "2": "val", "3": "test"}
@@ -31,8 +31,8 @@ class OcrVqa(Source):
     license = "research use"
     commercial = False
     home = "ocr-vqa.github.io"
-    files = (File("dataset.json", 0, "207,572 covers, about 1M questions"),)
-    image_folders = ("images (fetched from the URLs in the file)",)
+    files = (File("ocr_vqa/dataset.json", 0, "207,572 covers, about 1M questions"),)
+    image_folders = (Folder("ocr_vqa/images", "fetched from the URLs in the file"),)
     style = "vqa"
     Options = SplitOptions
 

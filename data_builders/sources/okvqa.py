@@ -10,7 +10,7 @@ Usage:
 """
 
 from data_builders.question_sets import JoinedVqa
-from data_builders.source import File
+from data_builders.source import File, Folder
 
 
 class Okvqa(JoinedVqa):
@@ -20,12 +20,14 @@ class Okvqa(JoinedVqa):
     title = "OK-VQA 1.1"
     license = "CC-BY-4.0"
     home = "okvqa.allenai.org; COCO: cocodataset.org"
-    image_folders = ("train2014 (train2014.zip) or train2017 (train2017.zip)",)
+    image_folders = (
+        Folder("coco/train2014", "train2014.zip, 13.5 GB, 82,783 pictures; or train2017"),
+    )
     files = (
-        File("OpenEnded_mscoco_train2014_questions.json", 0, "9,009 questions"),
-        File("mscoco_train2014_annotations.json", 0, "ten answers a question"),
-        File("OpenEnded_mscoco_val2014_questions.json", 0, "5,046; held out"),
-        File("mscoco_val2014_annotations.json", 0, "held out"),
+        File("okvqa/OpenEnded_mscoco_train2014_questions.json", 0, "9,009 questions"),
+        File("okvqa/mscoco_train2014_annotations.json", 0, "ten answers a question"),
+        File("okvqa/OpenEnded_mscoco_val2014_questions.json", 0, "5,046; held out"),
+        File("okvqa/mscoco_val2014_annotations.json", 0, "held out"),
     )
 
 

@@ -27,7 +27,7 @@ from data_builders.clean import choose, clean_question, text_of
 from data_builders.images import ImageFinder
 from data_builders.pickles import read_pickle
 from data_builders.recipe import Strict
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 from data_builders.splits import split_of_file
 
 WHERE = (
@@ -71,11 +71,13 @@ class Refcoco(Source):
     license = "Apache-2.0 (REFER); COCO CC-BY-4.0"
     home = "github.com/lichengunc/refer; COCO: cocodataset.org; or Shikra's annotations"
     files = (
-        File("refs(unc).p", 0, "of refcoco and refcoco+: 142,209 and 141,564 expressions"),
-        File("refs(umd).p", 0, "of refcocog: 95,010 expressions"),
-        File("instances.json", 0, "one beside each of them"),
+        File("refcoco/refs(unc).p", 0, "142,209 expressions; beside it instances.json"),
+        File("refcoco+/refs(unc).p", 0, "141,564 expressions; beside it instances.json"),
+        File("refcocog/refs(umd).p", 0, "95,010 expressions; beside it instances.json"),
     )
-    image_folders = ("train2014 (train2014.zip)",)
+    image_folders = (
+        Folder("coco/train2014", "train2014.zip, 13.5 GB, 82,783 pictures; or train2017"),
+    )
     style = "base"
     Options = RefcocoOptions
 

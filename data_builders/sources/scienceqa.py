@@ -18,7 +18,7 @@ from typing import Any
 from data_builders.annotations import Batch, read_keyed
 from data_builders.clean import rounds, text_of
 from data_builders.images import ImageFinder
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 from data_builders.splits import SplitOptions, split_named
 
 _ASK = "Answer with the option's letter from the given choices directly."
@@ -38,11 +38,10 @@ class Scienceqa(Source):
     license = "CC-BY-NC-SA-4.0"
     commercial = False
     home = "scienceqa.github.io"
-    files = (
-        File("problems.json", 0, "21,208 problems; 6,218 of train have a picture"),
-        File("train.zip", 0, "pictures; unpack to images/train, and val.zip, test.zip beside"),
+    files = (File("scienceqa/problems.json", 0, "21,208 problems; 6,218 of train have a picture"),)
+    image_folders = (
+        Folder("scienceqa/images", "train.zip (val.zip, test.zip) unpacked: train/<id>/image.png"),
     )
-    image_folders = ("images (holds train/<id>/image.png)",)
     style = "vqa"
     Options = ScienceOptions
 

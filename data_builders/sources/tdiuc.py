@@ -16,7 +16,7 @@ from typing import Any
 
 from data_builders.images import ImageFinder
 from data_builders.question_sets import JoinedVqa
-from data_builders.source import File
+from data_builders.source import File, Folder
 
 
 class Tdiuc(JoinedVqa):
@@ -28,12 +28,20 @@ class Tdiuc(JoinedVqa):
     commercial = False
     home = "kushalkafle.com/projects/tdiuc.html; COCO: cocodataset.org; Visual Genome"
     files = (
-        File("OpenEnded_mscoco_train2014_questions.json", 0, "in TDIUC.zip; 1.65M with val"),
-        File("mscoco_train2014_annotations.json", 0, "one answer a question"),
-        File("OpenEnded_mscoco_val2014_questions.json", 0, "held out"),
-        File("mscoco_val2014_annotations.json", 0, "held out"),
+        File(
+            "tdiuc/Questions/OpenEnded_mscoco_train2014_questions.json",
+            0,
+            "in TDIUC.zip; 1.65M with val",
+        ),
+        File("tdiuc/Annotations/mscoco_train2014_annotations.json", 0, "one answer a question"),
+        File("tdiuc/Questions/OpenEnded_mscoco_val2014_questions.json", 0, "held out"),
+        File("tdiuc/Annotations/mscoco_val2014_annotations.json", 0, "held out"),
     )
-    image_folders = ("train2014 (train2014.zip)", "VG_100K", "VG_100K_2")
+    image_folders = (
+        Folder("coco/train2014", "train2014.zip, 13.5 GB, 82,783 pictures; or train2017"),
+        Folder("vg/VG_100K", "images.zip of Visual Genome"),
+        Folder("vg/VG_100K_2", "images2.zip"),
+    )
 
     def picture(self, image_id: Any, split: str, finder: ImageFinder) -> str | None:
         """COCO's name, or Visual Genome's where there is no such COCO picture."""

@@ -16,7 +16,7 @@ from typing import Any
 from data_builders.annotations import read_records
 from data_builders.caption_sets import CaptionSource
 from data_builders.clean import text_of
-from data_builders.source import File
+from data_builders.source import File, Folder
 from data_builders.splits import split_named
 
 
@@ -32,7 +32,9 @@ class Textcaps(CaptionSource):
         File("TextCaps_0.1_val.json", 0, "held out"),
         File("train_val_images.zip", 6_600_000_000, "TextVQA's pictures"),
     )
-    image_folders = ("train_images",)
+    image_folders = (
+        Folder("textvqa/train_images", "train_val_images.zip, pictures of train and val"),
+    )
 
     def _rows(self, path: Path) -> Iterator[list[Any]]:
         for batch in read_records(path, ("data",)):

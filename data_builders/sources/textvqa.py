@@ -14,7 +14,7 @@ from collections import Counter
 from typing import Any
 
 from data_builders.clean import human_answers, majority, text_of
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 from data_builders.splits import SplitOptions, split_named, split_of_file
 
 
@@ -30,7 +30,9 @@ class Textvqa(Source):
         File("TextVQA_0.5.1_val.json", 16_000_000, "5,000; held out"),
         File("train_val_images.zip", 6_600_000_000, "pictures of both, unpacks to train_images"),
     )
-    image_folders = ("train_images",)
+    image_folders = (
+        Folder("textvqa/train_images", "train_val_images.zip, pictures of train and val"),
+    )
     wrappers = ("data",)
     style = "vqa"
     Options = SplitOptions
@@ -51,7 +53,7 @@ class Textvqa(Source):
             f"{image}.jpg" if image else image,
             notes,
             orig_id=text_of(record.get("question_id")),
-            meta={} if split == "train" else {"split": split, "answers": answers},
+            meta={} if split == "train" else {"split": split},
         )
 
 

@@ -20,7 +20,7 @@ from data_builders.annotations import Batch, read_records
 from data_builders.boxes import box_text, corners, look_up_size
 from data_builders.clean import text_of
 from data_builders.images import ImageFinder
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 from data_builders.splits import SplitOptions, split_named
 
 _FORMAT = "Answer in [[x0,y0,x1,y1]] format."
@@ -37,7 +37,9 @@ class Visual7w(Source):
         File("dataset_v7w_telling.json", 0, "139,868 questions; 69,817 of train"),
         File("dataset_v7w_pointing.json", 0, "188,068 questions; 93,813 of train"),
     )
-    image_folders = ("images (visual7w_images.zip, 47,300 pictures called v7w_*.jpg)",)
+    image_folders = (
+        Folder("visual7w/images", "visual7w_images.zip, 47,300 pictures called v7w_*.jpg"),
+    )
     style = "vqa"
     Options = SplitOptions
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from data_builders.annotations import Batch
 from data_builders.clean import human_answers, majority
 from data_builders.images import ImageFinder
-from data_builders.source import Draft, File, Source
+from data_builders.source import Draft, File, Folder, Source
 from data_builders.splits import SplitOptions, split_named, split_of_file
 
 _SPLIT = re.compile(r"VizWiz_([A-Za-z]+)_")
@@ -41,11 +41,10 @@ class Vizwiz(Source):
     license = "CC-BY-4.0"
     home = "vizwiz.org/tasks-and-datasets/vqa"
     files = (
-        File("train.json", 0, "20,523 questions, in Annotations.zip"),
-        File("val.json", 0, "4,319; held out"),
-        File("train.zip", 0, "pictures"),
+        File("vizwiz/Annotations/train.json", 0, "20,523 questions, in Annotations.zip"),
+        File("vizwiz/Annotations/val.json", 0, "4,319; held out"),
     )
-    image_folders = ("train",)
+    image_folders = (Folder("vizwiz/train", "train.zip"),)
     style = "vqa"
     Options = VizwizOptions
 
@@ -90,7 +89,7 @@ class Vizwiz(Source):
             image,
             notes,
             orig_id=image,
-            meta={} if split in ("train", None) else {"split": split, "answers": answers},
+            meta={} if split in ("train", None) else {"split": split},
         )
 
 

@@ -5,7 +5,7 @@
 is missing their majority, the first on ties (the other usual choice, drawing an answer by its
 frequency, is not offered). Pictures are `COCO_train2014_%012d.jpg`, and are found under train2017
 names too. A file of the validation split is refused record by record, unless `splits` names it for
-a build to evaluate on; such records carry all ten answers in `meta.answers`.
+a build to evaluate on.
 
 Usage:
     python -m data_builders.sources.vqav2 \\
@@ -14,7 +14,7 @@ Usage:
 """
 
 from data_builders.question_sets import JoinedVqa
-from data_builders.source import File
+from data_builders.source import File, Folder
 
 
 class Vqav2(JoinedVqa):
@@ -30,7 +30,9 @@ class Vqav2(JoinedVqa):
         File("v2_OpenEnded_mscoco_val2014_questions.json", 0, "214,354; held out"),
         File("v2_mscoco_val2014_annotations.json", 0, "held out"),
     )
-    image_folders = ("train2014 (train2014.zip) or train2017 (train2017.zip)",)
+    image_folders = (
+        Folder("coco/train2014", "train2014.zip, 13.5 GB, 82,783 pictures; or train2017"),
+    )
 
 
 SOURCE = Vqav2

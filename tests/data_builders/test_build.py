@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from cogvlm_sft.errors import DataError, RecipeError
 from data_builders import annotations, record_shards
 from data_builders import build as building
 from data_builders.build import build
-from data_builders.source import list_sources
+from data_builders.catalogue import list_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -285,7 +286,16 @@ def test_decompression_bomb_is_dropped(root, picture, run, write_json):
 
 def test_list_sources_tells_what_to_fetch(tmp_path):
     (tmp_path / "filter_cap1.json").write_text("[]")
+    (tmp_path / "okvqa").mkdir()
+    (tmp_path / "okvqa" / "mscoco_train2014_annotations.json").write_text("[]")
+    pictures = tmp_path / "somewhere" / "coco" / "train2014"
+    pictures.mkdir(parents=True)
+    (pictures / "COCO_train2014_000000000009.jpg").write_bytes(b"x")
     table = list_sources(tmp_path)
     assert "here     filter_cap1.json" in table
+    assert "here     okvqa/mscoco_train2014_annotations.json" in table
+    assert "missing  tdiuc/Annotations/mscoco_train2014_annotations.json" in table
+    assert re.search(r"here     coco/train2014/ +1  pictures: train2014\.zip", table)
+    assert "missing  coco/val2014/" in table
     assert "missing  llava_v1_5_mix665k.json" in table and "1,030 MB" in table
     assert "CC-BY-NC-4.0 (non-commercial)" in table

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cogvlm_sft.conversation import read_conversations
 from cogvlm_sft.errors import DataError
 from data_builders.caption_sets import REQUESTS
 
@@ -107,6 +108,10 @@ def test_flickr30k(root, run, write_json, picture):
     assert captions(built) == [
         ("1000092795.jpg", "Two young guys ."), ("1000092795.jpg", "Two men")]  # fmt: skip
     assert report["dropped"] == {"held_out_split": 1}
+    path = write_json("dataset_flickr30k.json", {"images": images})
+    _, built, result = run("flickr30k", [path], style="base")
+    assert {r["messages"][0]["content"] for r in built} == {"<image>"}
+    assert len(list(read_conversations(result.out))) == 2
 
 
 def test_nocaps_is_for_evaluation_only(root, run, write_json, picture):

@@ -1,0 +1,55 @@
+"""What each source needs and what of it is on this disk: the table of `cogvlm-sft data sources`."""
+
+import os
+from pathlib import Path
+
+from data_builders.images import SUFFIXES
+from data_builders.recipe import source_names
+from data_builders.source import Source, load_source
+
+
+def list_sources(folder: Path | None = None) -> str:
+    """A table of all sources: files to fetch, sizes, licence, image folders, what is missing.
+
+    Args:
+        folder: Where to look for the files; the working directory unless given.
+    """
+    files, folders = _look(folder or Path.cwd())
+    return "\n\n".join(
+        "\n".join(_block(load_source(name), files, folders)) for name in source_names()
+    )
+
+
+def _look(root: Path) -> tuple[set[str], dict[str, int]]:
+    """Paths of all files but pictures, and how many pictures each folder holds."""
+    files: set[str] = set()
+    pictures: dict[str, int] = {}
+    for here, below, names in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        place = Path(here).relative_to(root)
+        others = [n for n in names if os.path.splitext(n)[1].lower() not in SUFFIXES]
+        files.update(f"/{(place / name).as_posix()}" for name in others)
+        own = len(names) - len(others)
+        for part in (place, *place.parents):  # a folder counts what its subfolders hold
+            key = f"/{part.as_posix()}"
+            pictures[key] = pictures.get(key, 0) + own
+    return files, pictures
+
+
+def _block(source: type[Source], files: set[str], folders: dict[str, int]) -> list[str]:
+    use = "" if source.commercial else " (non-commercial)"
+    rows = [f"{source.name}: {source.title}", f"  licence  {source.license}{use}"]
+    if source.home:
+        rows.append(f"  fetch    {source.home}")
+    for file in source.files:
+        state = "here" if any(place.endswith(f"/{file.name}") for place in files) else "missing"
+        if "*" in file.name:  # one's own files, whatever they are called
+            state = "any of"
+        size = f"{file.size / 1e6:,.0f} MB" if file.size else "-"
+        rows.append(f"  {state:8} {file.name:52} {size:>10}  {file.note}".rstrip())
+    for wanted in source.image_folders:
+        held = [n for place, n in folders.items() if f"{place}/".endswith(f"/{wanted.name}/")]
+        state = "here" if any(held) else "missing"
+        found = f"{max(held):,}" if any(held) else "-"
+        rows.append(f"  {state:8} {wanted.name + '/':52} {found:>10}  pictures: {wanted.note}")
+    return rows
