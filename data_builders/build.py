@@ -191,7 +191,7 @@ def _build_into(work: WorkFolder, recipe: BuildRecipe) -> dict[str, Any]:
         hashes = {n: f.phash for n, f in facts.items() if f.phash is not None}
         twins: list[tuple[int, int]] = []
         if recipe.deduplicate.near is not None:
-            twins = drop_near(ledger, hashes, recipe.deduplicate.near)
+            twins = drop_near(ledger, facts, recipe.deduplicate.near)
         held_out = _decontaminate(ledger, recipe, hashes, work)
         records, copies = ledger.order(entries, recipe.seed)
         if not len(records):

@@ -1,16 +1,21 @@
 """Takes out conversations that are in the build already.
 
 Exact: the same texts about the same picture path. Near: the same texts about pictures whose
-perceptual hashes differ in a few bits at most. A near-duplicate picture with *other* text is kept:
-it teaches something else. The copy that stays is the one whose source comes first in the recipe,
-then the one with the smallest key, so it does not depend on the order of files.
+perceptual hashes differ in a few bits at most and whose shapes are alike (the hash looks at a
+square, so a wide picture and a narrow piece of it can share one). A near-duplicate picture with
+*other* text is kept: it teaches something else. The copy that stays is the one whose source comes
+first in the recipe, then the one with the smallest key, so it does not depend on the order of
+files.
 """
 
 from typing import Any
 
 import numpy as np
 
+from data_builders.image_check import ImageFacts
 from data_builders.mix import Ledger
+
+_SHAPE = 1.1  # how far two aspect ratios may lie apart
 
 
 def drop_exact(ledger: Ledger) -> int:
@@ -18,12 +23,12 @@ def drop_exact(ledger: Ledger) -> int:
     return ledger.drop(_later_copies(ledger, ledger.columns["exact"]), "duplicate")
 
 
-def drop_near(ledger: Ledger, hashes: dict[int, int], bits: int) -> list[tuple[int, int]]:
+def drop_near(ledger: Ledger, facts: dict[int, ImageFacts], bits: int) -> list[tuple[int, int]]:
     """Drops conversations whose twin has a nearly equal picture.
 
     Args:
         ledger: The records.
-        hashes: 64-bit perceptual hash of each picture number.
+        facts: Size and 64-bit perceptual hash of each picture number.
         bits: Hamming distance within which two pictures count as the same.
 
     Returns:
@@ -38,7 +43,7 @@ def drop_near(ledger: Ledger, hashes: dict[int, int], bits: int) -> list[tuple[i
     pairs: list[tuple[int, int]] = []
     for start, end in zip(starts, np.r_[starts[1:], len(live)], strict=True):
         if end - start > 1:
-            pairs += _near_in_group([int(r) for r in live[start:end]], ledger, hashes, bits)
+            pairs += _near_in_group([int(r) for r in live[start:end]], ledger, facts, bits)
     mask = np.zeros(len(ledger.alive), bool)
     mask[[gone for _, gone in pairs]] = True
     ledger.drop(mask, "near_duplicate")
@@ -46,17 +51,18 @@ def drop_near(ledger: Ledger, hashes: dict[int, int], bits: int) -> list[tuple[i
 
 
 def _near_in_group(
-    records: list[int], ledger: Ledger, hashes: dict[int, int], bits: int
+    records: list[int], ledger: Ledger, facts: dict[int, ImageFacts], bits: int
 ) -> list[tuple[int, int]]:
     """Pairs within records of equal text. Hashes that differ in d bits share one of d+1 bands."""
     bands = [(64 * k // (bits + 1), 64 * (k + 1) // (bits + 1)) for k in range(bits + 1)]
-    kept: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    kept: dict[tuple[int, int], list[tuple[int, ImageFacts]]] = {}
     pairs: list[tuple[int, int]] = []
     for record in records:
         pictures = ledger.pictures_of(record)
-        value = hashes.get(pictures[0]) if len(pictures) == 1 else None
-        if value is None:
+        fact = facts.get(pictures[0]) if len(pictures) == 1 else None
+        if fact is None or fact.phash is None:
             continue
+        value = fact.phash
         slots = [(k, (value >> low) & ((1 << (high - low)) - 1)) for k, (low, high) in
                  enumerate(bands)]  # fmt: skip
         twin = next(
@@ -64,7 +70,7 @@ def _near_in_group(
                 other
                 for slot in slots
                 for other, theirs in kept.get(slot, ())
-                if (value ^ theirs).bit_count() <= bits
+                if _alike(fact, theirs, bits)
             ),
             None,
         )
@@ -72,8 +78,14 @@ def _near_in_group(
             pairs.append((twin, record))
             continue
         for slot in slots:
-            kept.setdefault(slot, []).append((record, value))
+            kept.setdefault(slot, []).append((record, fact))
     return pairs
+
+
+def _alike(one: ImageFacts, other: ImageFacts, bits: int) -> bool:
+    shapes = one.width * other.height, one.height * other.width
+    near = ((one.phash or 0) ^ (other.phash or 0)).bit_count() <= bits
+    return near and max(shapes) <= _SHAPE * min(shapes)
 
 
 def _later_copies(ledger: Ledger, hashes: Any) -> Any:

@@ -1,100 +1,37 @@
 """`report.html`: one page, no outside files, that shows a person what a build holds.
 
-Rendered by jinja2 with escaping on, since questions and answers are foreign text. Pictures are
-small JPEGs inside the page. Nothing in it depends on time or machine.
+Counts come from the manifest. Texts are looked at in a sample of conversations, evenly taken over
+the build, whose order is random already; picture sizes are those of every checked picture. Rendered
+by jinja2 with escaping on, since questions and answers are foreign text; the page carries no
+script, its own policy forbids any, and its pictures are small JPEGs inside it. Nothing in it
+depends on time or machine.
 """
 
-import base64
-import io
-import warnings
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
-from jinja2 import Environment
-from PIL import Image, ImageOps
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from cogvlm_sft.conversation import strip_marker
 from data_builders.image_check import ImageFacts
 from data_builders.mix import Ledger
+from data_builders.report_words import explain, explain_kind, explain_repair
+from data_builders.thumbnail import thumbnail
+from data_builders.token_count import counter_of
 
-SAMPLES = 12
-_TWINS = 6
-_COLOURS = ("#2f6f8f", "#c8773a", "#5b8c5a", "#8a5a8c", "#b0a03a", "#5a6b8c", "#a34a4a", "#4aa39a")
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Build report</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root{--ink:#1d2429;--soft:#66727a;--line:#dfe4e7;--paper:#fbfcfc;--accent:#2f6f8f}
-*{box-sizing:border-box}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);margin:0}
-main{max-width:1080px;margin:0 auto;padding:2rem 1.2rem 4rem}
-h1{font-size:1.9rem;margin:0}h2{font-size:1.25rem;margin:2.6rem 0 .8rem}
-.lead{color:var(--soft);margin:.3rem 0 1.4rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.8rem}
-.card{background:#fff;border:1px solid var(--line);border-radius:10px;padding:.8rem 1rem}
-.card b{display:block;font-size:1.5rem}.card span{color:var(--soft);font-size:.85rem}
-.share{display:flex;height:26px;border-radius:6px;overflow:hidden;margin:.2rem 0 1rem}
-table{border-collapse:collapse;width:100%;background:#fff;font-size:.92rem}
-th,td{padding:.4rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
-th:first-child,td:first-child,td.text,th.text{text-align:left}th{color:var(--soft);font-weight:600}
-.dot{display:inline-block;width:.7rem;height:.7rem;border-radius:3px;margin-right:.45rem}
-code{font-size:.8rem;color:var(--soft);word-break:break-word}
-details{background:#fff;border:1px solid var(--line);border-radius:8px;margin:.4rem 0}
-details{padding:.4rem .8rem}
-summary{cursor:pointer}summary b{float:right}
-.bars{display:flex;align-items:flex-end;gap:3px;height:120px}
-.bars div{flex:1;background:var(--accent);border-radius:3px 3px 0 0;min-height:1px}
-.labels{display:flex;gap:3px;color:var(--soft);font-size:.72rem}
-.labels span{flex:1;text-align:center}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:1.4rem}
-.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(310px,1fr));gap:1rem}
-.sample{background:#fff;border:1px solid var(--line);border-radius:10px;overflow:hidden}
-.sample img{width:100%;max-height:230px;object-fit:contain;background:#eef1f2;display:block}
-.sample .in{padding:.7rem .9rem}.q{font-weight:600;margin:.5rem 0 .1rem;white-space:pre-wrap}
-.a{margin:0;white-space:pre-wrap}.id{color:var(--soft);font-size:.75rem;word-break:break-all}
-.pair{display:flex;gap:.6rem;align-items:center;margin:.5rem 0}.pair img{height:110px}
-</style></head><body><main>
-<h1>Build report</h1>
-<p class="lead">seed {{ m.seed }} · image root <code>{{ m.image_root }}</code> ·
-licences {{ m.licenses | join(", ") }}</p>
-<div class="cards">
-{% for label, value in cards %}<div class="card"><b>{{ value }}</b><span>{{ label }}</span></div>
-{% endfor %}</div>
-<h2>Sources</h2>
-<div class="share">{% for row in rows %}<div title="{{ row.name }}"
- style="width:{{ row.share }}%;background:{{ row.colour }}"></div>{% endfor %}</div>
-<table><tr><th>source</th><th>read</th><th>kept</th><th>dropped</th><th>written</th><th>share</th>
-<th>questions</th><th>characters an answer</th><th class="text">licence</th></tr>
-{% for row in rows %}<tr><td><span class="dot" style="background:{{ row.colour }}"></span>{{
- row.name }}</td><td>{{ row.read }}</td><td>{{ row.kept }}</td><td>{{ row.gone }}</td>
-<td>{{ row.written }}</td>
-<td>{{ row.share }} %</td><td>{{ row.questions }}</td><td>{{ row.mean }}</td>
-<td class="text">{{ row.license }}</td></tr>{% endfor %}</table>
-<h2>Dropped and repaired</h2>
-{% for row in rows %}{% for reason, n, examples in row.drops %}<details><summary>{{ row.name }}:
-{{ reason }} <b>{{ n }}</b></summary>{% for e in examples %}<p><code>{{ e.file }} #{{ e.index }}:
-{{ e.excerpt }}</code></p>{% endfor %}</details>{% endfor %}
-{% for name, n in row.repairs %}<details><summary>{{ row.name }}: repaired, {{ name }}
-<b>{{ n }}</b></summary></details>{% endfor %}{% endfor %}
-{% if m.held_out %}<h2>Held-out pictures</h2><table><tr><th>set</th><th>pictures</th>
-<th>records</th><th>mode</th></tr>{% for name, o in m.held_out.items() %}<tr>
-<td>{{ name }}</td><td>{{ o.pictures }}</td><td>{{ o.records }}</td><td>{{ o.mode }}</td>
-</tr>{% endfor %}</table>{% endif %}
-<h2>Shape</h2><div class="charts">{% for title, bars in charts %}<div><b>{{ title }}</b>
-<div class="bars">{% for label, n, height in bars %}<div style="height:{{ height }}%"
- title="{{ label }}: {{ n }}"></div>{% endfor %}</div><div class="labels">{% for label, n, h in bars
-%}<span>{{ label }}</span>{% endfor %}</div></div>{% endfor %}</div>
-{% if twins %}<h2>Near-duplicates taken out</h2>{% for a, b, ta, tb in twins %}<div class="pair">
-<img src="{{ a }}" alt="kept"><img src="{{ b }}" alt="dropped"><code>{{ ta }} kept, {{ tb }} dropped
-</code></div>{% endfor %}{% endif %}
-<h2>Samples</h2><div class="samples">{% for s in samples %}<div class="sample">
-{% for picture in s.pictures %}<img src="{{ picture }}" alt="">{% endfor %}<div class="in">
-<div class="id">{{ s.id }} · {{ s.style }}</div>{% for role, text in s.turns %}<p class="{{
- 'q' if role == 'user' else 'a' }}">{{ text }}</p>{% endfor %}</div></div>{% endfor %}</div>
-</main></body></html>
-"""
+SAMPLES = 24
+READ = 20_000
+_TWINS = 8
+_TURNS = 6
+_TEXT = 700
+_COLOURS = ("#2b6cb0", "#b7622c", "#3d8361", "#7c5295", "#94791f", "#4f6272", "#a8434f", "#2c8c89",
+            "#8a6d5a", "#5d6bb5")  # fmt: skip
+_LENGTHS = [0, 5, 10, 20, 50, 100, 200, 500, 1000]
+_SIDES = [0, 64, 128, 256, 384, 512, 768, 1024, 2048]
 
 
 def write_report(
@@ -117,126 +54,297 @@ def write_report(
         facts: What was found out about each picture number.
         twins: Pairs (kept record, dropped record) of near-duplicates.
         image_root: Where the pictures are.
+        tokenizer: Counts the tokens of answers; characters are counted without one.
+
+    Raises:
+        DataError: The tokenizer cannot be read.
     """
-    page = Environment(autoescape=True).from_string(_PAGE)
-    path.write_text(
-        page.render(
-            m=manifest,
-            cards=_cards(manifest),
-            rows=_rows(manifest),
-            charts=_charts(ledger, records, facts),
-            samples=_samples(ledger, records, image_root),
-            twins=_twins(ledger, twins, image_root),
-        ),
-        encoding="utf-8",
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    sources = list(manifest["sources"])
+    page = environment.get_template("report.html.jinja").render(
+        m=manifest,
+        headline=_headline(manifest),
+        cards=_cards(manifest),
+        rows=_rows(manifest),
+        drops=_drops(manifest),
+        dropped_note=_dropped_note(manifest),
+        repairs=[
+            (source, explain_repair(name), f"{n:,}")
+            for source, row in manifest["sources"].items()
+            for name, n in row["repaired"].items()
+        ],
+        pictures=_pictures(manifest, facts),
+        samples=_samples(ledger, records, image_root),
+        samples_note="The first conversations of each source, in the order of the build.",
+        sample_sources=[name for name in sources if manifest["sources"][name]["conversations"]],
+        twins=_twins(ledger, twins, facts, image_root),
+        twins_note=_twins_note(len(twins)),
+        **_texts(ledger, records, tokenizer),
     )
+    path.write_text(page, encoding="utf-8")
+
+
+def _headline(manifest: dict[str, Any]) -> str:
+    totals = manifest["totals"]
+    count, sources = totals["conversations"], len(manifest["sources"])
+    parts = f"{count:,} conversation{'s' * (count != 1)}"
+    return f"{parts} from {sources} source{'s' * (sources != 1)}"
 
 
 def _cards(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     totals = manifest["totals"]
+    lost = totals["dropped"] / max(1, totals["read"])
     return [
         ("conversations", f"{totals['conversations']:,}"),
-        ("questions", f"{totals['questions']:,}"),
+        ("questions with answers", f"{totals['questions']:,}"),
+        ("different pictures", f"{manifest['pictures']['distinct']:,}"),
         ("records read", f"{totals['read']:,}"),
-        ("records dropped", f"{totals['dropped']:,}"),
-        ("pictures", f"{manifest['pictures']['distinct']:,}"),
+        (f"dropped, {100 * lost:.1f} % of what was read", f"{totals['dropped']:,}"),
     ]
 
 
 def _rows(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     total = max(1, manifest["totals"]["conversations"])
-    rows = []
-    for number, (name, row) in enumerate(manifest["sources"].items()):
-        examples = manifest["examples"][name]
-        rows.append(
-            {
-                "name": name,
-                "colour": _COLOURS[number % len(_COLOURS)],
-                "read": f"{row['read']:,}",
-                "kept": f"{row['kept']:,}",
-                "gone": f"{sum(row['dropped'].values()):,}",
-                "written": f"{row['conversations']:,}",
-                "questions": f"{row['questions']:,}",
-                "mean": f"{row['answer_characters'] / max(1, row['questions']):.1f}",
-                "share": f"{100 * row['conversations'] / total:.1f}",
-                "license": row["license"],
-                "drops": [
-                    (reason, f"{n:,}", [e for e in examples if e["reason"] == reason])
-                    for reason, n in row["dropped"].items()
-                ],
-                "repairs": [(k, f"{v:,}") for k, v in row["repaired"].items()],
-            }
-        )
-    return rows
-
-
-def _charts(ledger: Ledger, records: Any, facts: dict[int, ImageFacts]) -> list[Any]:
-    pairs = ledger.columns["pairs"][records]
-    lengths = ledger.columns["answer_chars"][records] / np.maximum(1, pairs)
-    charts = [
-        ("Questions a conversation", _bars(pairs, [1, 2, 3, 4, 5, 6, 8, 11, 16])),
-        ("Characters an answer", _bars(lengths, [0, 5, 10, 20, 50, 100, 200, 500, 1000, 2000])),
-    ]
-    sides = np.array([max(f.width, f.height) for f in facts.values() if f.reason is None])
-    if len(sides):
-        charts.append(
-            ("Longer picture side, pixels", _bars(sides, [0, 64, 128, 256, 512, 1024, 2048]))
-        )
-    return charts
-
-
-def _bars(values: Any, edges: list[int]) -> list[tuple[str, str, float]]:
-    counts, _ = np.histogram(values, [*edges, np.inf])
-    top = max(1, int(counts.max()))
-    labels = [*map(str, edges[:-1]), f"{edges[-1]}+"]
     return [
-        (label, f"{count:,}", round(100 * int(count) / top, 2))
-        for label, count in zip(labels, counts, strict=True)
+        {
+            "name": name,
+            "colour": _COLOURS[number % len(_COLOURS)],
+            "read": f"{row['read']:,}",
+            "kept": f"{row['kept']:,}",
+            "gone": f"{sum(row['dropped'].values()):,}",
+            "written": f"{row['conversations']:,}",
+            "questions": f"{row['questions']:,}",
+            "text_only": f"{row['text_only']:,}",
+            "part": row["conversations"],
+            "share": f"{100 * row['conversations'] / total:.1f}",
+            "wide": row["conversations"] / total > 0.06 + 0.01 * len(name),
+            "license": row["license"],
+            "commercial": row["commercial_use"],
+        }
+        for number, (name, row) in enumerate(manifest["sources"].items())
     ]
+
+
+def _drops(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every reason of every source, the most frequent first."""
+    counted = [
+        (n, source, reason)
+        for source, row in manifest["sources"].items()
+        for reason, n in row["dropped"].items()
+    ]
+    most = max((n for n, _, _ in counted), default=1)
+    return [
+        {
+            "says": explain(reason),
+            "reason": reason,
+            "source": source,
+            "count": f"{n:,}",
+            "width": round(100 * n / most, 1),
+            "examples": [e for e in manifest["examples"][source] if e["reason"] == reason],
+        }
+        for n, source, reason in sorted(counted, key=lambda row: (-row[0], row[1], row[2]))
+    ]
+
+
+def _dropped_note(manifest: dict[str, Any]) -> str:
+    totals = manifest["totals"]
+    if not totals["dropped"]:
+        return f"Nothing was dropped: all {totals['read']:,} records are in."
+    return (
+        f"{totals['read']:,} records read = {totals['kept']:,} kept + {totals['dropped']:,} "
+        "dropped, each for one of these reasons. Open a line for examples."
+    )
+
+
+def _texts(ledger: Ledger, records: Any, tokenizer: Path | None) -> dict[str, Any]:
+    """What the texts of a sample of conversations look like."""
+    chosen = records[:: max(1, -(-len(records) // READ))]
+    questions: list[str] = []
+    answers: list[str] = []
+    for record in chosen:
+        for message in orjson.loads(ledger.line(int(record)))["messages"]:
+            text = message["content"]
+            questions.append(strip_marker(text)) if message["role"] == "user" else answers.append(
+                text
+            )
+    unit, lengths = counter_of(tokenizer)(answers)
+    whole = len(chosen) == len(records)
+    sample = "all" if whole else f"{len(chosen):,} evenly chosen"
+    openings = Counter(" ".join(text.split()[:2]) for text in questions)
+    charts = [
+        _chart("Questions a conversation", ledger.columns["pairs"][records], [1, 2, 3, 4, 5, 6, 8,
+                                                                              11, 16]),
+        _chart(f"{unit} an answer", lengths, _LENGTHS),
+    ]  # fmt: skip
+    return {
+        "charts": charts,
+        "openings": _ranking(openings, len(questions)),
+        "answers": _ranking(Counter(answers), len(answers)),
+        "shape_note": f"Questions are counted in all conversations; texts are those of {sample} "
+        f"conversations, {len(answers):,} answers.",
+    }
+
+
+def _ranking(counts: Counter[str], total: int) -> list[tuple[str, str, float]]:
+    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]
+    return [
+        (
+            text if len(text) <= 60 else text[:60] + "…",
+            f"{100 * n / max(1, total):.1f} %",
+            round(100 * n / most[0][1], 1),
+        )
+        for text, n in most
+    ]
+
+
+def _chart(title: str, values: Any, edges: list[int]) -> dict[str, Any]:
+    """A histogram; the last bar is open."""
+    values = np.asarray(values)
+    counts, _ = np.histogram(values, [*edges, np.inf])
+    labels = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(edges)]
+    top = max(1, int(counts.max()))
+    return {
+        "title": title,
+        "median": f"{np.median(values):,.0f}" if len(values) else "-",
+        "most": f"{np.percentile(values, 95):,.0f}" if len(values) else "-",
+        "bars": [
+            {
+                "label": label,
+                "count": f"{count:,}",
+                "share": _percent(int(count) / max(1, len(values))),
+                "height": round(88 * int(count) / top, 2),
+            }
+            for label, count in zip([*labels, f"{edges[-1]}+"], counts, strict=True)
+        ],
+    }
+
+
+def _percent(share: float) -> str:
+    if not share:
+        return ""
+    return "<1 %" if share < 0.005 else f"{100 * share:.0f} %"
+
+
+def _pictures(manifest: dict[str, Any], facts: dict[int, ImageFacts]) -> dict[str, Any] | None:
+    """Sizes and kinds of the usable pictures; None where pictures were not looked at."""
+    usable = [fact for _, fact in sorted(facts.items()) if fact.reason is None]
+    if not usable:
+        return None
+    width = np.array([fact.width for fact in usable])
+    height = np.array([fact.height for fact in usable])
+    counted = manifest["pictures"]
+    return {
+        "note": f"{counted['checked']:,} pictures were decoded to the last pixel, "
+        f"{len(usable):,} of them are usable.",
+        "sides": _chart("Longer side, pixels", np.maximum(width, height), _SIDES),
+        **_size_grid(width, height),
+        "kinds": [(kind, f"{n:,}") for kind, n in _by_count(counted["kinds"])],
+        "odd": [
+            (explain_kind(kind), f"{n:,}") for kind, n in _by_count(counted["converted_when_read"])
+        ],
+    }
+
+
+def _by_count(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _size_grid(width: Any, height: Any) -> dict[str, Any]:
+    """A map of width against height in steps of a quarter octave, for the page's SVG."""
+    across, down = np.log2(width) * 4, np.log2(height) * 4
+    left, right = int(across.min()) - 1, int(across.max()) + 2
+    low, high = int(down.min()) - 1, int(down.max()) + 2
+    step_x, step_y = 310 / (right - left), 185 / (high - low)
+    cells = Counter(zip(across.astype(int).tolist(), down.astype(int).tolist(), strict=True))
+    most = max(cells.values())
+    octaves = [2**n for n in range(4, 15)]
+    return {
+        "cells": [
+            {
+                "x": round(40 + (x - left) * step_x, 1),
+                "y": round(195 - (y + 1 - low) * step_y, 1),
+                "w": round(step_x - 1, 1),
+                "h": round(step_y - 1, 1),
+                "opacity": round(0.15 + 0.85 * (n / most) ** 0.5, 2),
+                "title": f"about {2 ** (x / 4 + 0.125):.0f} by {2 ** (y / 4 + 0.125):.0f}: {n:,}",
+            }
+            for (x, y), n in sorted(cells.items())
+        ],
+        "x_ticks": [
+            (round(40 + (np.log2(size) * 4 - left) * step_x, 1), size)
+            for size in octaves
+            if left <= np.log2(size) * 4 <= right - 0.5
+        ],
+        "y_ticks": [
+            (round(199 - (np.log2(size) * 4 - low) * step_y, 1), size)
+            for size in octaves
+            if low <= np.log2(size) * 4 <= high
+        ],
+    }
 
 
 def _samples(ledger: Ledger, records: Any, root: Path) -> list[dict[str, Any]]:
     """The first conversations of every source in turn, in the order of the build."""
     of_source = ledger.columns["source"][records]
-    share = max(1, SAMPLES // max(1, len(np.unique(of_source))))
-    chosen = [r for n in np.unique(of_source) for r in records[of_source == n][:share]]
+    present = np.unique(of_source)
+    share = max(2, SAMPLES // max(1, len(present)))
     samples = []
-    for record in chosen:
-        line = orjson.loads(ledger.line(int(record)))
-        samples.append(
-            {
-                "id": line["id"],
-                "style": line["style"],
-                "turns": [(m["role"], m["content"]) for m in line["messages"][:6]],
-                "pictures": [p for p in (_thumbnail(root / i) for i in line["images"][:2]) if p],
-            }
-        )
+    for place, number in enumerate(present):
+        for record in records[of_source == number][:share]:
+            line = orjson.loads(ledger.line(int(record)))
+            turns = [
+                (m["role"], _short(strip_marker(m["content"]), _TEXT)) for m in line["messages"]
+            ]
+            samples.append(
+                {
+                    "id": line["id"],
+                    "style": line["style"],
+                    "place": place,
+                    "turns": turns[:_TURNS],
+                    "more": len(turns[_TURNS:]),
+                    "pictures": [p for p in (thumbnail(root / i) for i in line["images"][:2]) if p],
+                }
+            )
     return samples
 
 
-def _twins(ledger: Ledger, twins: list[tuple[int, int]], root: Path) -> list[Any]:
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length].rstrip() + "…"
+
+
+def _twins(
+    ledger: Ledger, twins: list[tuple[int, int]], facts: dict[int, ImageFacts], root: Path
+) -> list[dict[str, Any]]:
     shown = []
-    for kept, gone in twins[:_TWINS]:
-        names = [ledger.pictures[ledger.pictures_of(record)[0]] for record in (kept, gone)]
-        small = [_thumbnail(root / name) for name in names]
-        if all(small):
-            shown.append((*small, *names))
+    for pair in twins[:_TWINS]:
+        numbers = [ledger.pictures_of(record)[0] for record in pair]
+        first, second = (facts[number].phash or 0 for number in numbers)
+        messages = orjson.loads(ledger.line(pair[0]))["messages"]
+        texts = " — ".join(strip_marker(message["content"]) for message in messages[:2])
+        shown.append(
+            {
+                "bits": (first ^ second).bit_count(),
+                "text": _short(texts, 200),
+                "sides": [
+                    {
+                        "kept": side == 0,
+                        "name": ledger.pictures[numbers[side]],
+                        "picture": thumbnail(root / ledger.pictures[numbers[side]]),
+                        "source": ledger.sources[int(ledger.columns["source"][pair[side]])],
+                    }
+                    for side in (0, 1)
+                ],
+            }
+        )
     return shown
 
 
-def _thumbnail(path: Path) -> str:
-    """A data URI; empty where there is no picture to show."""
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
-            if image.width * image.height > 89_000_000:
-                return ""
-            small = ImageOps.exif_transpose(image).convert("RGBA")
-    except Exception:
-        return ""  # missing, or broken in any of the ways Pillow reports: the page goes without
-    small.thumbnail((360, 360))
-    flat = Image.new("RGB", small.size, "white")
-    flat.paste(small, mask=small.getchannel("A"))
-    stream = io.BytesIO()
-    flat.save(stream, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+def _twins_note(count: int) -> str:
+    shown = f" The first {_TWINS} are shown." if count > _TWINS else ""
+    return (
+        f"{count:,} conversations had the same words as another one, about a picture that looks "
+        f"the same.{shown} Such a picture with other words is kept."
+    )

@@ -65,7 +65,7 @@ def run(tmp_path: Path, root: Path) -> Callable[..., Any]:
 
 GENERAL = {
     "seed", "images_rules", "shard_size", "workers", "deduplicate", "decontaminate", "out",
-    "image_root",
+    "image_root", "tokenizer",
 }  # fmt: skip
 
 
