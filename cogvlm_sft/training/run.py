@@ -1,17 +1,17 @@
 """One call from a recipe to a checkpoint: check, load, train, write.
 
 The order is by cost: the recipe, the output folder, paths and memory, a sample of the data, and
-only then the weights. What the run writes: `recipe.yaml` (resolved), `metrics.jsonl`, `snapshots/`,
-and at the end the checkpoint in the released layout with tokenizer and processor, and `loss.png`.
-A run that is stopped or fails leaves no checkpoint that could be taken for a finished one.
+only then the weights. What the run writes: `recipe.yaml` (resolved), `run.json` (versions, digests
+of the data), `metrics.jsonl`, `samples.jsonl`, `snapshots/`, and at the end the checkpoint in the
+released layout with tokenizer and processor, `loss.png`, and the run card `README.md`. A run that
+is stopped or fails leaves no checkpoint that could be taken for a finished one.
 """
 
-import contextlib
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import set_seed
-from transformers.utils import logging as transformers_logging
 
 from cogvlm_sft.checkpoint.load import build_model, load_model, save_checkpoint
 from cogvlm_sft.data.collator import CogVLMCollator
@@ -35,8 +34,10 @@ from cogvlm_sft.training.preflight import (
     check_ready,
     processor_for,
 )
+from cogvlm_sft.training.provenance import check_same_data, write_card, write_run_file
 from cogvlm_sft.training.samples import PromptSamples
 from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped, is_lost_process
+from cogvlm_sft.training.surroundings import deterministic, fresh_output, quiet
 from cogvlm_sft.training.telemetry import (
     LogWindows,
     MetricsFile,
@@ -46,7 +47,7 @@ from cogvlm_sft.training.telemetry import (
 )
 from cogvlm_sft.training.trainer import CogVLMTrainer
 from cogvlm_sft.tune.adapters import AdapterFiles, apply_tuning
-from cogvlm_sft.tune.groups import group_table, summarize_groups
+from cogvlm_sft.tune.groups import GroupSummary, group_table, summarize_groups
 from cogvlm_sft.tune.naming import ADAPTER_CONFIG
 
 METRICS_FILE = "metrics.jsonl"
@@ -92,20 +93,27 @@ def train(recipe: Recipe) -> TrainResult:
     recipe.accumulation_steps(world_size)
     resume_from = check_output(recipe)
     check_ready(recipe, world_size)
+    if resume_from is not None:
+        check_same_data(recipe)
     processor = processor_for(recipe)
     dataset = _dataset(recipe, processor, [(s.path, s.weight) for s in recipe.data.train])
     held_out = None
     if recipe.data.validation is not None:
         held_out = _dataset(recipe, processor, [(recipe.data.validation, 1.0)])
-    with _deterministic(), _quiet(), _fresh_output(recipe.train.output, first):
+    with deterministic(), quiet(), fresh_output(recipe.train.output, first):
         set_seed(recipe.train.seed)
+        # Before the weights: under ZeRO-3 each process then keeps only its part of what it reads.
+        arguments = training_arguments(recipe, world_size)
         model = _model(recipe)
         rates = recipe.tune.trainable()
         apply_tuning(model, recipe.tune)
         _hold_frozen(model, getattr(torch, recipe.model.dtype))
         if first:
-            _announce(recipe, model, dataset, resume_from)
+            groups = summarize_groups(model, learning_rate=recipe.train.learning_rate, rates=rates)
+            _announce(recipe, groups, dataset, resume_from)
             _write_recipe(recipe)
+            if resume_from is None:
+                write_run_file(recipe, groups)
             snapshots.remove_leftovers(recipe.train.output)
         stop, progress = StopOnSignal(), Progress()
         callbacks = [
@@ -121,7 +129,7 @@ def train(recipe: Recipe) -> TrainResult:
         trainer = CogVLMTrainer(
             model,
             processor,
-            training_arguments(recipe, world_size),
+            arguments,
             train_dataset=dataset,
             eval_dataset=held_out,
             collator=CogVLMCollator(processor),
@@ -196,6 +204,7 @@ def _finish(
         losses = [row["loss"] for row in read_metrics(metrics) if "loss" in row]
         final_loss = losses[-1] if losses else final_loss
         plot_loss(metrics, output / LOSS_PICTURE, Path(recipe.source).stem)
+        write_card(recipe, metrics, output / SAMPLES_FILE, LOSS_PICTURE)
         if (files := _adapter_files(recipe)) is None:
             save_checkpoint(model, processor, output, dtype=recipe.model.dtype, state_dict=weights)
         else:
@@ -277,16 +286,13 @@ def _hold_frozen(model: CogVLMForCausalLM, dtype: torch.dtype) -> None:
 
 def _announce(
     recipe: Recipe,
-    model: CogVLMForCausalLM,
+    groups: Sequence[GroupSummary],
     dataset: ConversationDataset,
     resume_from: Path | None,
 ) -> None:
     """The start-up table and what the run is about to do."""
     train = recipe.train
-    summaries = summarize_groups(
-        model, learning_rate=train.learning_rate, rates=recipe.tune.trainable()
-    )
-    print(group_table(summaries))
+    print(group_table(groups))
     print(f"\n{dataset.report}, the longest of {max(dataset.lengths):,} tokens\n")
     print(
         f"run: {train.iterations:,} steps of {train.global_batch_size} conversations into "
@@ -303,47 +309,3 @@ def _write_recipe(recipe: Recipe) -> None:
     beside = file.with_suffix(".writing")
     beside.write_text(f"# resolved from {recipe.source}\n{recipe.to_yaml()}", encoding="utf-8")
     beside.replace(file)
-
-
-@contextlib.contextmanager
-def _fresh_output(output: Path, first: bool) -> Iterator[None]:
-    """A run that fails before its first snapshot takes its own output folder away again."""
-    existed = output.exists()
-    try:
-        yield
-    except BaseException:
-        if first and not existed and not snapshots.snapshots(output):
-            shutil.rmtree(output, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Only our own progress bar: transformers would draw one per weight file it reads or writes."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """The same seed gives the same weights, bit for bit, on a CPU.
-
-    On a GPU deterministic kernels cost speed and some do not exist, so there the order of the data
-    and the initial weights are the same, and sums agree up to rounding.
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    if not torch.cuda.is_available():
-        torch.use_deterministic_algorithms(True)
-        # Filling fresh memory only serves to find bugs, and costs a pass over every tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

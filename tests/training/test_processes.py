@@ -162,7 +162,7 @@ def test_fsdp_equals_one_process_and_resumes_on_another_number(
 def test_processes_stop_together(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """SIGTERM to one of two, then SIGKILL to one of two, then to the end."""
     output = tmp_path / "pair"
-    recipe = make_recipe(train__output=output, train__iterations=120, train__save_every=10)
+    recipe = make_recipe(train__output=output, train__iterations=60, train__save_every=5)
     arguments = command(recipe, tmp_path, "pair", 2)
 
     process = start(arguments)
@@ -177,7 +177,7 @@ def test_processes_stop_together(make_recipe: MakeRecipe, tmp_path: Path) -> Non
     assert [row["step"] for row in read_metrics(output / "metrics.jsonl")][-1] == stopped
 
     process = start(arguments)
-    wait_for_a_step_after(output, stopped + 15, process)
+    wait_for_a_step_after(output, stopped + 7, process)
     rank(process, 1).kill()
     killed = time.monotonic()
     message = process.communicate(timeout=60)[1]
@@ -189,10 +189,8 @@ def test_processes_stop_together(make_recipe: MakeRecipe, tmp_path: Path) -> Non
     run(arguments)
     assert (output / "config.json").exists()
     steps = [row["step"] for row in read_metrics(output / "metrics.jsonl")]
-    assert steps == list(range(1, 121))
-    whole = make_recipe(
-        train__output=tmp_path / "whole", train__iterations=120, train__save_every=10
-    )
+    assert steps == list(range(1, 61))
+    whole = make_recipe(train__output=tmp_path / "whole", train__iterations=60, train__save_every=5)
     train(whole)
     assert losses(output) == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
 
