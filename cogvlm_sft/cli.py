@@ -145,10 +145,44 @@ def _data_export(arguments: argparse.Namespace) -> int:
 
 
 def _data_preview(arguments: argparse.Namespace) -> int:
-    from cogvlm_sft.data.preview import preview
+    from cogvlm_sft.data.preview import encode_chosen, render_text
 
-    print(preview(arguments.build, arguments.checkpoint, ids=arguments.id, limit=arguments.limit))
+    if arguments.recipe:
+        from cogvlm_sft.recipe import load_recipe
+        from cogvlm_sft.training.preflight import processor_for
+
+        data = load_recipe(arguments.recipe).data
+        processor = processor_for(load_recipe(arguments.recipe))
+        images, length, loss_on = data.image_root, data.max_length, data.loss_on
+    else:
+        from cogvlm_sft.checkpoint.load import load_processor
+
+        processor = load_processor(arguments.checkpoint)
+        images, length, loss_on = None, None, "all"
+    images = arguments.images or images or _image_root_of(arguments.build)
+    previewed = encode_chosen(
+        arguments.build,
+        processor,
+        ids=arguments.id,
+        limit=arguments.limit,
+        max_length=length,
+        loss_on=loss_on,
+    )
+    if arguments.html:  # first, since the reader of the tables may go away (`| head`)
+        from cogvlm_sft.data.preview_page import render_page
+
+        page = render_page(previewed, processor, images or Path())
+        arguments.html.write_text(page, encoding="utf-8")
+    print(render_text(previewed, processor, images))
     return 0
+
+
+def _image_root_of(build: Path) -> Path | None:
+    """The image root that a build folder's manifest names; None for a plain file."""
+    from data_builders.manifest import read_manifest
+
+    has_manifest = (build / "manifest.json").is_file()
+    return Path(read_manifest(build)["image_root"]) if has_manifest else None
 
 
 def _recipe_list(arguments: argparse.Namespace) -> int:
@@ -389,12 +423,23 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "cogvlm-sft data preview data/chat --checkpoint runs/demo/chat --limit 2",
     )
     preview.add_argument("build", type=Path)
-    preview.add_argument(
+    settings = preview.add_mutually_exclusive_group(required=True)
+    settings.add_argument(
         "--checkpoint",
         type=Path,
-        required=True,
         metavar="DIR",
         help="folder whose tokenizer and picture size are used",
+    )
+    settings.add_argument(
+        "--recipe",
+        metavar="RECIPE",
+        help="training recipe whose tokenizer, picture size, length and loss are used",
+    )
+    preview.add_argument(
+        "--images", type=Path, metavar="DIR", help="image root, where it is not the build's"
+    )
+    preview.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write a page with the pictures"
     )
     preview.add_argument("--id", action="append", metavar="ID", help="which conversation; repeats")
     preview.add_argument("--limit", type=int, default=1, metavar="N", help="default 1")
