@@ -185,6 +185,13 @@ def _image_root_of(build: Path) -> Path | None:
     return Path(read_manifest(build)["image_root"]) if has_manifest else None
 
 
+def _checkpoint_merge(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.checkpoint.merge import merge
+
+    print(merge(arguments.adapter, arguments.out, base=arguments.base).summary())
+    return 0
+
+
 def _recipe_list(arguments: argparse.Namespace) -> int:
     from cogvlm_sft.recipe import list_recipes
 
@@ -309,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     checkpoint = commands.add_parser(
         "checkpoint",
-        help="compose and convert checkpoints",
+        help="compose, convert and merge checkpoints",
         epilog="example: cogvlm-sft checkpoint compose --language-model checkpoints/vicuna-7b-v1.5 "
         "--vision-tower checkpoints/eva02-clip-e --out checkpoints/base",
     )
@@ -351,6 +358,19 @@ def _add_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParse
         nargs="*",
         metavar="key=value",
         help="fields of config.json to set, such as vision_config.image_size=224",
+    )
+
+    merge = _add(
+        kinds,
+        "merge",
+        _checkpoint_merge,
+        "add an adapter to its base's weights and check the result",
+        "cogvlm-sft checkpoint merge runs/chat_qlora --out checkpoints/mine",
+    )
+    merge.add_argument("adapter", type=Path, help="folder of a run, a snapshot or a PEFT adapter")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    merge.add_argument(
+        "--base", type=Path, metavar="DIR", help="whole checkpoint; default: what the adapter names"
     )
 
 

@@ -10,12 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMForCausalLM
-from cogvlm_sft.tune.naming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+from cogvlm_sft.tune.naming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, QUANTIZED_NOTE
 
 _NAME = "default"
 
@@ -88,6 +89,19 @@ def adapter_keys(folder: Path) -> dict[str, tuple[int, ...]]:
             }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged or incomplete ({error})") from None
+
+
+def quantized_groups(folder: Path) -> tuple[list[str], torch.dtype] | None:
+    """Groups that were held in 4 bits while an adapter was trained, and the dtype they came from.
+
+    None where they were not, or where another tool wrote the adapter and does not say.
+    """
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
+        note = (tensors.metadata() or {}).get(QUANTIZED_NOTE)
+    if note is None:
+        return None
+    found = json.loads(note)
+    return found["groups"], getattr(torch, found["dtype"])
 
 
 def wear_adapter(model: CogVLMForCausalLM, folder: Path, *, merge: bool) -> CogVLMForCausalLM:

@@ -223,7 +223,9 @@ def _adapter_files(recipe: Recipe) -> AdapterFiles | None:
     """Where what is trained is kept apart from the base: with factors, or beside 4-bit weights."""
     if not recipe.writes_adapter:
         return None
-    return AdapterFiles(recipe.tune, str(recipe.model.checkpoint))
+    quantize = recipe.model.quantize
+    quantized = (quantize.groups, recipe.model.dtype) if quantize else None
+    return AdapterFiles(recipe.tune, str(recipe.model.checkpoint), quantized)
 
 
 def _publish_adapter(

@@ -9,8 +9,9 @@ bare parameter. PiSSA changes the base, so its adapter is written as the differe
 of twice the rank (arXiv 2404.02948), which fits the released base.
 """
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,13 @@ from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMForCausalLM
 from cogvlm_sft.recipe import GroupTuning, TuneSection
 from cogvlm_sft.tune.groups import set_trainable
-from cogvlm_sft.tune.naming import ADAPTER_WEIGHTS, LINEARS, PREFIX, linears_of
+from cogvlm_sft.tune.naming import (
+    ADAPTER_WEIGHTS,
+    LINEARS,
+    PREFIX,
+    QUANTIZED_NOTE,
+    linears_of,
+)
 
 _NAME = "default"
 _PISSA = "pissa_niter_16"  # randomised SVD; the exact one takes minutes a matrix at full size
@@ -136,10 +143,12 @@ class AdapterFiles:
     Attributes:
         tune: the recipe's section.
         base: path of the checkpoint that the adapter belongs to.
+        quantized: groups that are held in 4 bits meanwhile, and the dtype they are read in.
     """
 
     tune: TuneSection
     base: str
+    quantized: tuple[Sequence[str], str] | None = None
 
     def save(
         self,
@@ -162,7 +171,11 @@ class AdapterFiles:
         config.inference_mode = True
         config.save_pretrained(str(folder))
         state = adapter_state(model, state_dict)
-        save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        notes = {"format": "pt"}
+        if self.quantized is not None:
+            groups, dtype = self.quantized
+            notes[QUANTIZED_NOTE] = json.dumps({"groups": list(groups), "dtype": dtype})
+        save_file(state, folder / ADAPTER_WEIGHTS, metadata=notes)
 
     def load(self, model: nn.Module, folder: Path) -> None:
         """Copy an adapter's tensors into a model after `apply_tuning`, all accounted for.

@@ -10,6 +10,7 @@ from torch import nn
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+QUANTIZED_NOTE = "quantized"  # in the file's metadata: groups in 4 bits, and from which dtype
 PREFIX = "base_model.model."  # PEFT's, before every name in the file
 
 # Module names of the linears that LoRA wraps, by group: facts of the released checkpoint's index.

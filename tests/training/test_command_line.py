@@ -132,6 +132,7 @@ COMMANDS = [
     "data verify",
     "data export",
     "data preview",
+    "checkpoint merge",
     "recipe",
     "recipe list",
     "recipe show",

@@ -1,0 +1,320 @@
+"""Merging an adapter into its base, shard by shard, and the proof that nothing else changed.
+
+The base is the unquantised checkpoint, whatever the adapter was trained beside: merging into 4-bit
+weights would round every delta away. One tensor at a time is read, merged in fp32 by PEFT's own
+layer (so that LoRA, rsLoRA and DoRA are what PEFT says they are) and written in the base's dtype;
+memory holds one shard and one matrix. Afterwards a probe batch is run through the merged weights
+and through base + adapter, block by block in fp32; a difference above 1e-5 of the largest logit is
+an error, and no checkpoint is left.
+"""
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import LoraConfig, set_peft_model_state_dict
+from peft.tuners.lora import LoraModel
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from cogvlm_sft.checkpoint.adapter import adapter_settings, base_of, quantized_groups
+from cogvlm_sft.checkpoint.load import load_config, weight_files
+from cogvlm_sft.checkpoint.probe import Weights, probe_batch, streamed_logits
+from cogvlm_sft.errors import CheckpointError
+from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM
+from cogvlm_sft.tune.naming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, linears_of
+
+LIMIT = 1e-5
+_NAME = "default"
+# Starts of the factors that leave the base's weights as they are; PEFT's others move them.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What `merge` did; differences are the largest of any logit over the largest logit.
+
+    Attributes:
+        out: the merged checkpoint.
+        base: what was merged into.
+        linears: matrices that got a delta.
+        tensors: weights that were trained in full and took the place of the base's.
+        difference: of the merged weights, in fp32, to base + adapter.
+        rounded: of the files as written; equal to `difference` where they are in fp32.
+        four_bit: of base + adapter to the run that trained it beside 4-bit weights; None if it
+            did not.
+    """
+
+    out: Path
+    base: Path
+    linears: int
+    tensors: int
+    difference: float
+    rounded: float
+    four_bit: float | None
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        lines = [
+            f"{self.linears} linears merged, {self.tensors} tensors replaced, base {self.base}",
+            f"largest difference of a logit on a probe, as a share of the largest logit "
+            f"(limit {LIMIT:g}):",
+            f"  merged in fp32 - base + adapter:  {self.difference:.1e}",
+        ]
+        if self.rounded != self.difference:
+            lines.append(f"  merged as written - base + adapter: {self.rounded:.1e} (rounding)")
+        if self.four_bit is not None:
+            lines.append(
+                f"  base + adapter - the 4-bit model it was trained on: {self.four_bit:.1e}"
+            )
+        return "\n".join([*lines, f"checkpoint: {self.out}"])
+
+
+def merge(adapter: str | Path, out: str | Path, *, base: str | Path | None = None) -> MergeReport:
+    """Merge an adapter into its base and check the result.
+
+    Args:
+        adapter: the folder of a finished run, of one of its snapshots, or any PEFT LoRA adapter.
+        out: new folder for the checkpoint, in the released layout.
+        base: whole checkpoint, in place of the one that the adapter names.
+
+    Raises:
+        CheckpointError: a folder is missing, adapter and base do not fit, `out` exists, or the
+            merged weights fail the check; nothing is left then.
+    """
+    folder, target = _adapter_folder(Path(adapter)), Path(out)
+    root = base_of(folder, base)
+    if target.exists():
+        raise CheckpointError(f"{target} exists; choose another folder")
+    work = _Merge(folder, root)
+    staging = target.parent / f".{target.name}.writing"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        work.write(staging)
+        difference, rounded, four_bit = work.check(staging)
+        if not difference <= LIMIT:
+            raise CheckpointError(
+                f"merged weights and base + adapter differ by {difference:.1e} of the largest "
+                f"logit, expected at most {LIMIT:g}; nothing was written"
+            )
+        _copy_files(folder, root, staging)
+        os.replace(staging, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: the checkpoint cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return MergeReport(
+        target, root, len(work.linears), len(work.replaced), difference, rounded, four_bit
+    )
+
+
+class _Merge:
+    """An adapter beside its base, both read tensor by tensor."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self.folder, self.base = folder, root
+        self.model_config: CogVLMConfig = load_config(root)
+        if getattr(self.model_config, "quantization_config", None):
+            raise CheckpointError(f"{root}: a quantised checkpoint; merge into the 16-bit original")
+        self.config = _lora_config(folder)
+        stored = load_file(folder / ADAPTER_WEIGHTS)
+        self.adapter = {
+            name.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
+            for name, tensor in stored.items()
+        }
+        self.linears = {n.partition(".lora_")[0] for n in self.adapter if ".lora_" in n}
+        self.replaced = {name for name in self.adapter if ".lora_" not in name}
+        self.files = weight_files(root)
+        self.home = {name: file for file in self.files for name in _names(file)}
+        strange = {n for n in self.linears if f"{n}.weight" not in self.home}
+        strange |= self.replaced - self.home.keys()
+        if strange:
+            raise CheckpointError(
+                f"{folder / ADAPTER_WEIGHTS}: {len(strange)} modules are not in {root}, first "
+                f"{min(strange)!r}; the adapter is of another base"
+            )
+        for name in self.replaced:
+            found, expected = tuple(self.adapter[name].shape), tuple(self.read(name).shape)
+            if found != expected:
+                raise CheckpointError(
+                    f"{folder / ADAPTER_WEIGHTS}: {name} has shape {found}, the base's {expected}"
+                )
+
+    def read(self, name: str, folder: Path | None = None) -> torch.Tensor:
+        """A tensor of the base, or of a copy of its files in another folder."""
+        file = self.home[name]
+        with safe_open(file if folder is None else folder / file.name, framework="pt") as tensors:
+            found: torch.Tensor = tensors.get_tensor(name)
+            return found
+
+    def merged(self, name: str) -> torch.Tensor:
+        """A tensor of the result in fp32 where the adapter touches it, else the base's own."""
+        if name in self.replaced:
+            return self.adapter[name].float()
+        module, _, kind = name.rpartition(".")
+        weight = self.read(name)
+        if kind != "weight" or module not in self.linears:
+            return weight
+        config = copy.deepcopy(self.config)
+        config.r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+        config.lora_alpha = config.alpha_pattern.get(
+            get_pattern_key(config.alpha_pattern, module), config.lora_alpha
+        )
+        config.rank_pattern, config.alpha_pattern = {}, {}  # PEFT warns of those that match nothing
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight.float(), requires_grad=False)
+        # The module under its own path, for the configuration's patterns to find it.
+        root = _at_path(module, linear)
+        try:
+            tuner = LoraModel(root, config, _NAME)
+            factors = {n: t.float() for n, t in self.adapter.items() if n.startswith(f"{module}.")}
+            set_peft_model_state_dict(root, factors, _NAME)
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{self.folder}: {module} does not fit: {error}") from None
+        result: torch.Tensor = tuner.merge_and_unload().get_submodule(module).weight.detach()
+        return result
+
+    def write(self, staging: Path) -> None:
+        """Every shard of the base, merged, under its own name and in its own dtypes."""
+        with tqdm(total=len(self.home), desc="merging", unit="tensor") as bar:
+            for file in self.files:
+                shard = {}
+                for name in _names(file):
+                    shard[name] = self.merged(name).to(self.read(name).dtype).contiguous()
+                    bar.update()
+                save_file(shard, staging / file.name, metadata={"format": "pt"})
+        index = self.base / "model.safetensors.index.json"
+        if self.files[0].name != "model.safetensors":
+            shutil.copyfile(index, staging / index.name)
+
+    def check(self, staging: Path) -> tuple[float, float, float | None]:
+        """The three differences of `MergeReport`."""
+        config, batch = self.model_config, probe_batch(self.model_config)
+        with torch.device("meta"):
+            plain = CogVLMForCausalLM(config).eval()
+            worn = CogVLMForCausalLM(config).eval()
+        LoraModel(worn, copy.deepcopy(self.config), _NAME, low_cpu_mem_usage=True)
+        worn.eval()
+        expected = streamed_logits(worn, self._beside(self.read), batch, "base + adapter")
+        scale = expected.abs().max()
+
+        def differs(logits: torch.Tensor) -> float:
+            return ((logits - expected).abs().max() / scale).item()
+
+        written = streamed_logits(plain, lambda n: self.read(n, staging), batch, "merged, written")
+        rounded = difference = differs(written)
+        if any(self.read(f"{name}.weight").dtype != torch.float32 for name in self.linears):
+            exact = streamed_logits(plain, self.merged, batch, "merged, in fp32")
+            difference = differs(exact)
+        found = quantized_groups(self.folder)
+        if found is None:
+            return difference, rounded, None
+        groups, dtype = found
+        held = {f"{name}.weight" for group in groups for name in linears_of(plain, group)}
+
+        def four_bit(name: str) -> torch.Tensor:
+            weight = self.read(name)
+            return _through_nf4(weight.to(dtype)) if name in held else weight
+
+        return (
+            difference,
+            rounded,
+            differs(streamed_logits(worn, self._beside(four_bit), batch, "4-bit + adapter")),
+        )
+
+    def _beside(self, base: Weights) -> Weights:
+        """Weights of a model with LoRA layers: factors of the adapter, the rest of a base."""
+
+        def weights(name: str) -> torch.Tensor:
+            if ".lora_" in name:
+                return self.adapter[name.replace(f".{_NAME}", "")]
+            name = name.replace(".base_layer.", ".")
+            return self.adapter[name] if name in self.replaced else base(name)
+
+        return weights
+
+
+def _lora_config(folder: Path) -> LoraConfig:
+    settings = adapter_settings(folder)
+    start = settings.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: init_lora_weights is {start!r}, which changes the base's "
+            "weights before training; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    config: LoraConfig = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    return config
+
+
+def _adapter_folder(path: Path) -> Path:
+    """The folder itself, or an error that says which snapshots an unfinished run has."""
+    if (path / ADAPTER_CONFIG).is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"adapter folder {path} does not exist")
+    inside = sorted(file.parent for file in path.glob(f"snapshots/*/{ADAPTER_CONFIG}"))
+    if inside:
+        listed = ", ".join(str(found) for found in inside[-3:])
+        raise CheckpointError(
+            f"{path} is a run that has not finished; merge one of its snapshots, such as {listed}"
+        )
+    raise CheckpointError(
+        f"{path} holds no {ADAPTER_CONFIG}, so it is no adapter; a run without lora groups writes "
+        "a whole checkpoint, which needs no merging"
+    )
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _at_path(path: str, module: nn.Module) -> nn.Module:
+    """An otherwise empty tree of modules with `module` at the dotted path."""
+    for name in reversed(path.split(".")):
+        parent = nn.Module()
+        parent.add_module(name, module)
+        module = parent
+    return module
+
+
+def _through_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """What is left of a matrix after double-quantised NF4, in fp32."""
+    packed, state = quantize_4bit(
+        weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    restored: torch.Tensor = dequantize_4bit(packed, state).float()
+    return restored
+
+
+def _copy_files(folder: Path, root: Path, staging: Path) -> None:
+    """The base's configuration; the adapter's processor where it has one, else the base's."""
+    origin = folder if any((folder / n).is_file() for n in _PROCESSOR_FILES) else root
+    for file in _existing(root, ("config.json", "generation_config.json")):
+        shutil.copyfile(file, staging / file.name)
+    for file in _existing(origin, _PROCESSOR_FILES):
+        shutil.copyfile(file, staging / file.name)
+
+
+def _existing(folder: Path, names: tuple[str, ...]) -> Iterator[Path]:
+    yield from (folder / name for name in names if (folder / name).is_file())
