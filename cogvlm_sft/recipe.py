@@ -61,6 +61,8 @@ class ModelSection(Section):
     Attributes:
         checkpoint: folder in the released layout (config.json, *.safetensors).
         config: fields of CogVLMConfig, to start from scratch; the weights are drawn by train.seed.
+        image_size: side of the pictures in pixels; null takes the checkpoint's own, another one
+            interpolates the tower's position embedding, as between the paper's stages.
         tokenizer: tokenizer folder; null takes the checkpoint's own, which released ones lack.
         dtype: dtype of products and of frozen weights; what learns is held in float32 always.
         attention: one of transformers' implementations.
@@ -69,6 +71,7 @@ class ModelSection(Section):
 
     checkpoint: RecipePath | None = None
     config: dict[str, Any] | None = None
+    image_size: PositiveInt | None = None
     tokenizer: RecipePath | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
@@ -493,6 +496,11 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError(
             f"{source}: exactly one of model.checkpoint (weights to start from) and model.config "
             f"(start from scratch) must be given, found {found}"
+        )
+    if model.config is not None and model.image_size is not None:
+        raise RecipeError(
+            f"{source}: model.image_size is for weights that are read; with model.config set "
+            "model.config.vision_config.image_size and num_positions"
         )
     if model.config is not None and model.tokenizer is None:
         raise RecipeError(

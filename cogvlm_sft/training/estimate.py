@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from cogvlm_sft.checkpoint.load import load_config, make_config
+from cogvlm_sft.checkpoint.positions import with_image_size
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM
 from cogvlm_sft.recipe import Recipe
@@ -154,9 +155,13 @@ def model_config(recipe: Recipe) -> tuple[CogVLMConfig, str]:
         return make_config(recipe.model.config), "model.config, from scratch"
     folder = recipe.model.checkpoint or Path()
     try:
-        return load_config(folder), str(folder)
+        config, name = load_config(folder), str(folder)
     except CheckpointError:
-        return CogVLMConfig(), f"CogVLM-17B at 490 px (assumed: {folder} cannot be read)"
+        size = recipe.model.image_size or 490
+        config, name = CogVLMConfig(), f"CogVLM-17B at {size} px (assumed: {folder} cannot be read)"
+    if recipe.model.image_size is not None:
+        config = with_image_size(config, recipe.model.image_size)
+    return config, name
 
 
 def _states(model: CogVLMForCausalLM, recipe: Recipe) -> dict[str, float]:

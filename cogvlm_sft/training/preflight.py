@@ -151,7 +151,9 @@ def available_memory(world_size: int = 1) -> tuple[float, str]:
 def processor_for(recipe: Recipe) -> CogVLMProcessor:
     """The processor that the recipe asks for."""
     if recipe.model.checkpoint is not None:
-        return load_processor(recipe.model.checkpoint, recipe.model.tokenizer)
+        return load_processor(
+            recipe.model.checkpoint, recipe.model.tokenizer, image_size=recipe.model.image_size
+        )
     config, _ = model_config(recipe)
     if recipe.model.tokenizer is None:
         raise RecipeError(f"{recipe.source}: model.config needs model.tokenizer")

@@ -102,9 +102,11 @@ def train(recipe: Recipe) -> TrainResult:
         held_out = _dataset(recipe, processor, [(recipe.data.validation, 1.0)])
     with deterministic(), quiet(), fresh_output(recipe.train.output, first):
         set_seed(recipe.train.seed)
-        # Before the weights: under ZeRO-3 each process then keeps only its part of what it reads.
+        # transformers splits weights under ZeRO-3 as soon as it knows the arguments. Those that are
+        # read are split as they come; fresh ones must be drawn whole, or they would be other ones.
+        fresh = None if recipe.model.checkpoint else _fresh_model(recipe)
         arguments = training_arguments(recipe, world_size)
-        model = _model(recipe)
+        model = fresh or _read_model(recipe)
         rates = recipe.tune.trainable()
         apply_tuning(model, recipe.tune)
         _hold_frozen(model, getattr(torch, recipe.model.dtype))
@@ -267,16 +269,19 @@ def _dataset(
     )
 
 
-def _model(recipe: Recipe) -> CogVLMForCausalLM:
+def _fresh_model(recipe: Recipe) -> CogVLMForCausalLM:
+    return build_model(recipe.model.config or {}, attention=recipe.model.attention)
+
+
+def _read_model(recipe: Recipe) -> CogVLMForCausalLM:
     section = recipe.model
-    if section.checkpoint is not None:
-        return load_model(
-            section.checkpoint,
-            dtype=section.dtype,
-            attention=section.attention,
-            quantize=section.quantize.groups if section.quantize else (),
-        )
-    return build_model(section.config or {}, attention=section.attention)
+    return load_model(
+        section.checkpoint or Path(),
+        dtype=section.dtype,
+        attention=section.attention,
+        quantize=section.quantize.groups if section.quantize else (),
+        image_size=section.image_size,
+    )
 
 
 def _hold_frozen(model: CogVLMForCausalLM, dtype: torch.dtype) -> None:

@@ -18,6 +18,7 @@ PUBLISHED = {
     "captcha": (800, 32, 1e-5, 16),
     "pretrain_caption": (120_000, 8192, 1e-4, 12_000),
     "pretrain_grounding_224": (30_000, 1024, 1e-5, 1200),
+    "pretrain_grounding_490": (30_000, 1024, 1e-5, 1200),
 }
 
 
@@ -57,7 +58,7 @@ def test_what_learns() -> None:
     def rates(name: str) -> dict[str, float]:
         return load_recipe(name).tune.trainable()
 
-    for name in ("pretrain_caption", "pretrain_grounding_224"):
+    for name in ("pretrain_caption", "pretrain_grounding_224", "pretrain_grounding_490"):
         assert rates(name) == {"visual_expert": 1.0, "adapter": 1.0}
     assert rates("chat_v1_1")["vision_tower"] == 0.1
     assert "vision_tower" not in rates("chat")
