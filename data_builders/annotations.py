@@ -221,20 +221,27 @@ def _wrapped(path: Path, wrappers: tuple[str, ...]) -> Iterator[Batch]:
             yield Batch(path.name, start, records)
         if index:
             return
-    keys = [key for key, _ in zip(_top_keys(path), range(8), strict=False)]
-    if any(key in wrappers for key in keys):
-        return  # the array is there and empty
+    keys = list(islice(_top_keys(path), 64))
     expected = " or ".join(["a JSON array", *(f'an object with "{key}"' for key in wrappers)])
-    raise DataError(f"{path}: expected {expected}, found an object with keys {keys}")
+    for key, kind in keys:
+        if key in wrappers and kind == "start_array":
+            return  # the array is there and empty
+        if key in wrappers:
+            raise DataError(f'{path}: expected an array under "{key}", found {kind}')
+    names = [key for key, _ in keys]
+    raise DataError(f"{path}: expected {expected}, found an object with keys {names}")
 
 
-def _top_keys(path: Path) -> Iterator[str]:
+def _top_keys(path: Path) -> Iterator[tuple[str, str]]:
+    """Keys of an object, each with the event that its value begins with."""
     with path.open("rb") as stream:
         stream.seek(_skip_space(stream))
         try:
+            key = None
             for prefix, event, value in ijson.parse(stream):
-                if prefix == "" and event == "map_key":
-                    yield value
+                if key is not None:
+                    yield key, event
+                key = value if prefix == "" and event == "map_key" else None
         except (ijson.JSONError, UnicodeDecodeError) as error:
             raise _broken(path, stream, error) from None
 

@@ -89,6 +89,7 @@ def test_a_syntax_error_names_its_byte(tmp_path):
         (b'[{"a": "\xff"}]', "byte 8"),
         (b'{"rows": [1]}', r"expected a JSON array, found an object with keys \['rows'\]"),
         (b'{"annotations": [1, 2', "where the file ends"),
+        (b'{"a": [], "rows": null, "b": 1}', r"found an object with keys \['a', 'rows', 'b'\]"),
         (b'{"a": 1}\n{"a": 2}\n{"a"', r"a.json:3: not valid JSON at byte \d+"),
         (b"[" * 100_000, "byte"),
     ],
@@ -118,6 +119,10 @@ def test_wrapped_lines_mark_and_surrogate(tmp_path):
     assert read_all(path, ("data", "annotations")) == [{"x": 1.5}, 2]
     path.write_text('{"annotations": []}')
     assert read_all(path, ("annotations",)) == []
+    for value in ("null", '{"a": 1}', '"text"', "3"):
+        path.write_text(f'{{"info": [], "annotations": {value}}}')
+        with pytest.raises(DataError, match='expected an array under "annotations", found '):
+            read_all(path, ("annotations",))
     path.write_text('{"a": 1}\n\n{"a": 2}\n')
     assert read_all(path) == [{"a": 1}, {"a": 2}]
     path.write_text(r'[{"a": "\ud83d"}, {"a": NaN}]')  # orjson refuses both
