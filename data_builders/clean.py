@@ -29,12 +29,12 @@ _LEAKED_TURN = re.compile(r"\n\s*(?:Question|Human|USER):.*", re.DOTALL)
 _LEAKED_PROMPT = re.compile(
     r"(?:Question|Human|USER):.*?\b(?:Answer|Assistant|ASSISTANT):\s*", re.DOTALL
 )
-_SPEAKS_OF_ITSELF = re.compile(
-    r"\b(?P<refusal>as an AI\b|message is empty)"
-    r"|\bno mention of\b|\bbounding box|\b(?:provided|given) (?:image )?(?:caption|description)",
-    re.IGNORECASE,
-)
-_HINTS = ("AI", "is empty", "mention", "ounding box", "aption", "escription")
+_REFUSAL = re.compile(r"\bas an ai\b|message is empty")
+_OF_THE_PROMPT = (
+    "no mention of", "bounding box", "provided caption", "given caption", "provided description",
+    "given description", "provided image caption", "given image caption", "dense caption",
+)  # fmt: skip
+_HINTS = ("mention", "nding box", "aption", "escription", "n AI", " empty")
 _ALIEN = re.compile("[\x00\ud800-\udfff]")
 _MARKER = re.compile(r"\s*<image>\s*")
 
@@ -76,13 +76,15 @@ def flags_of(text: str) -> list[str]:
     Args:
         text: All answers of a conversation.
     """
-    if not any(hint in text for hint in _HINTS):  # a search of plain words, ten times as fast
+    if not any(hint in text for hint in _HINTS):  # of plain words, most cheaply told
         return []
-    found = {
-        "refusal" if match["refusal"] else "speaks_of_the_prompt"
-        for match in _SPEAKS_OF_ITSELF.finditer(text)
-    }
-    return sorted(found)
+    low = text.lower()
+    flags = []
+    if ("as an ai" in low or "is empty" in low) and _REFUSAL.search(low):
+        flags.append("refusal")
+    if any(phrase in low for phrase in _OF_THE_PROMPT):
+        flags.append("speaks_of_the_prompt")
+    return flags
 
 
 def _plain(text: str) -> str:
