@@ -80,7 +80,8 @@ class CogvlmSft311k(Source):
         found: list[Path] = []
         for path in super().inputs():
             if not path.is_dir():
-                raise DataError(f"{path}: expected the unpacked folder CogVLM-SFT-311K")
+                found_here = "is a file" if path.exists() else "no such folder"
+                raise DataError(f"{path}: {found_here}; expected CogVLM-SFT-311K, unpacked")
             labels = [p for p in path.glob("**/labels*/*.json") if not p.name.startswith(".")]
             if path.name.startswith("labels"):
                 labels += path.glob("*.json")

@@ -1,0 +1,43 @@
+"""Every source as a script: the command in its docstring parses, and tells what is missing."""
+
+import re
+import shlex
+import sys
+
+import pytest
+
+from data_builders.recipe import source_names
+from data_builders.script import run_source
+from data_builders.source import Source, load_source
+
+
+def usage(name):
+    """The arguments of each command in the module's docstring."""
+    source = load_source(name)
+    text = sys.modules[source.__module__].__doc__.replace("\\\n", " ")
+    commands = re.findall(rf"python -m data_builders\.sources\.{name} ([^\n]+)", text)
+    return [shlex.split(command) for command in commands]
+
+
+@pytest.mark.parametrize("name", source_names())
+def test_the_documented_command_runs_up_to_the_missing_files(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert usage(name)
+    for arguments in usage(name):
+        with pytest.raises(SystemExit) as stopped:
+            run_source(name, arguments)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert re.fullmatch(r"error: [^\n]*(missing|no such|not a folder)[^\n]*\n", said), said
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", source_names())
+def test_what_a_source_says_of_itself(name):
+    source = load_source(name)
+    assert source.name == name and source.title and source.license
+    assert source.files and source.image_folders
+    assert source.home or name == "custom_vqa"
+    assert source.draft is not Source.draft
+    for file in source.files:
+        assert file.size >= 0 and not file.name.startswith("/")
