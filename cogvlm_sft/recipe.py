@@ -105,6 +105,11 @@ class DataSection(Section):
         max_length: most tokens of a row; longer conversations are split at a turn or dropped.
         loss_on: `all` assistant turns, or the `last` only, as in the official code.
         workers: processes that read and decode ahead; 0 does it between the steps.
+        share_images: compute a picture once for all conversations about it that stand in a step,
+            which then come together; same loss, fewer tokens. micro_batch_size is then a mean.
+        token_budget: with share_images, most tokens of a micro-batch.
+        length_window: so many steps are sorted by length together, so that the conversations of a
+            micro-batch are alike; 1 sorts within a step only, which does not change it.
     """
 
     train: Annotated[list[Source], Field(min_length=1)]
@@ -113,6 +118,9 @@ class DataSection(Section):
     max_length: PositiveInt | None = None
     loss_on: Literal["all", "last"] = "all"
     workers: Annotated[int, Field(ge=0)] = 0
+    share_images: bool = False
+    token_budget: PositiveInt | None = None
+    length_window: PositiveInt = 1
 
 
 class GroupTuning(Section):
@@ -524,7 +532,33 @@ def _check_together(recipe: Recipe) -> None:
             f"{source}: evaluate asks for held-out loss, but data.validation is null; "
             "name a validation file or build, give evaluate.prompts, or leave evaluate out"
         )
+    _check_batches(recipe)
     recipe.accumulation_steps(int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _check_batches(recipe: Recipe) -> None:
+    """Keys that say how conversations are put together.
+
+    Raises:
+        RecipeError: naming the keys, what they are and how to mend them.
+    """
+    data, source = recipe.data, recipe.source
+    if data.share_images and data.token_budget is None:
+        raise RecipeError(
+            f"{source}: data.share_images is true, so micro-batches differ in size, but "
+            "data.token_budget is null; set it to the most tokens that fit into memory at once, "
+            "for example train.micro_batch_size x data.max_length"
+        )
+    if data.token_budget is not None and not data.share_images:
+        raise RecipeError(
+            f"{source}: data.token_budget is {data.token_budget}, but data.share_images is false; "
+            "without sharing a micro-batch holds train.micro_batch_size conversations. Remove it"
+        )
+    if data.share_images and data.length_window > 1:
+        raise RecipeError(
+            f"{source}: data.length_window is {data.length_window}, but data.share_images puts "
+            "conversations together by picture; remove one of the two"
+        )
 
 
 def _check_tuning(recipe: Recipe) -> None:

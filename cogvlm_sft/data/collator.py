@@ -33,13 +33,22 @@ class CogVLMCollator:
             DataError: No label of the batch carries loss, so a step would learn nothing.
         """
         batch = self.processor.pad(items, side="right")
-        # The label of the first place is never predicted.
-        if not bool((batch["labels"][:, 1:] != IGNORED_LABEL).any()):
-            raise DataError(
-                f"a batch of {len(items)} row(s) has no supervised token, expected at least one; "
-                'check `"train": false` in the data and data.max_length'
-            )
+        check_supervised(batch["labels"], len(items))
         pixel_values = torch.cat([item["images"] for item in items])
         if len(pixel_values):
             batch["pixel_values"] = pixel_values
         return batch
+
+
+def check_supervised(labels: torch.Tensor, conversations: int) -> None:
+    """Refuses labels (rows, length) of which none is predicted.
+
+    Raises:
+        DataError: No label carries loss, so a step would learn nothing.
+    """
+    # The label of the first place is never predicted.
+    if not bool((labels[:, 1:] != IGNORED_LABEL).any()):
+        raise DataError(
+            f"a batch of {conversations} row(s) has no supervised token, expected at least one; "
+            'check `"train": false` in the data and data.max_length'
+        )

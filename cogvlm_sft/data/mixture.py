@@ -116,8 +116,9 @@ class DatasetReport:
 class ConversationDataset(Dataset[dict[str, Any]]):
     """Encoded conversations, one row an item.
 
-    An item holds `input_ids`, `token_type_ids` and `labels` (lists) and `images`: the row's pixel
-    values (pictures, 3, S, S).
+    An item holds `input_ids`, `token_type_ids` and `labels` (lists), `pictures` (the paths of its
+    pictures) and `images`, their pixel values (pictures, 3, S, S). Items that are asked for
+    together decode a picture once.
 
     Args:
         sources: (file or build folder, weight) pairs.
@@ -156,6 +157,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self._file, self._offset = array("i"), array("q")
         self._line, self._part = array("q"), array("i")
         self._tokens = array("i")
+        # The picture that a row begins with, numbered; -1 without one.
+        self._leading = array("q")
         # One entry a row of an epoch.
         self._rows = array("q")
         self._report: DatasetReport | None = None
@@ -171,6 +174,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Tokens of each row, pictures included."""
         return [self._tokens[row] for row in self._rows]
 
+    @property
+    def leading_pictures(self) -> list[int]:
+        """For each row the number of the picture that it begins with, -1 without one."""
+        return [self._leading[row] for row in self._rows]
+
     def preflight(self) -> DatasetReport:
         """Validates and encodes every record once; later calls return the same report.
 
@@ -181,7 +189,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """
         if self._report is not None:
             return self._report
-        report, checked = DatasetReport(), set[str]()
+        report, checked = DatasetReport(), dict[str, int]()
         for index, (path, weight) in enumerate(self.sources):
             source = SourceReport(str(path), weight)
             first = len(self._file)
@@ -203,24 +211,35 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The items of a micro-batch; torch's loader asks for all of them at once."""
+        decoded: dict[str, torch.Tensor] = {}
+        return [self._item(index, decoded) for index in indices]
+
+    def _item(self, index: int, decoded: dict[str, torch.Tensor]) -> dict[str, Any]:
         row = self._rows[index]
         conversation, where = self.conversation(index)
         part = self._encode(conversation, where).parts[self._part[row]]
-        pictures = [
-            read_picture(resolve_image(self.image_root, path, where), where) for path in part.images
-        ]
+        for path in part.images:
+            if path not in decoded:
+                file = resolve_image(self.image_root, path, where)
+                decoded[path] = self._pixels(file, where)
         size = self.processor.image_processor.size
-        pixel_values = (
-            self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-            if pictures
-            else torch.zeros(0, 3, size["height"], size["width"])
-        )
+        none = torch.zeros(0, 3, size["height"], size["width"])
         return {
             "input_ids": part.input_ids,
             "token_type_ids": part.token_type_ids,
             "labels": part.labels,
-            "images": pixel_values,
+            "pictures": part.images,
+            "images": torch.cat([none, *(decoded[path] for path in part.images)]),
         }
+
+    def _pixels(self, file: Path, where: str) -> torch.Tensor:
+        """(1, 3, S, S) of a picture file."""
+        picture = read_picture(file, where)
+        return self.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
 
     def conversation(self, index: int) -> tuple[Conversation, str]:
         """The conversation of a row, and where it stands ("file:line (id)")."""
@@ -233,7 +252,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         conversation = parse_conversation(line, where)
         return conversation, f"{where} ({conversation.id})"
 
-    def _scan(self, file: Path, source: SourceReport, checked: set[str]) -> None:
+    def _scan(self, file: Path, source: SourceReport, checked: dict[str, int]) -> None:
+        """Reads one file; `checked` numbers the pictures that were looked at."""
         number = len(self._files)
         self._files.append(file)
         offset = 0
@@ -251,7 +271,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                     for path in conversation.images:
                         if path not in checked:
                             check_picture(resolve_image(self.image_root, path, where), where)
-                            checked.add(path)
+                            checked[path] = len(checked)
                     result = self._encode(conversation, where)
                     source.count(result)
                     for part, encoded in enumerate(result.parts):
@@ -260,6 +280,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                         self._line.append(line_number)
                         self._part.append(part)
                         self._tokens.append(len(encoded.input_ids))
+                        leads = bool(encoded.images) and encoded.token_type_ids[1] == 1
+                        self._leading.append(checked[encoded.images[0]] if leads else -1)
                 offset += len(line)
                 progress.update(len(line))
 

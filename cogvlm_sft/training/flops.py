@@ -20,7 +20,7 @@ class Work:
 
     Attributes:
         tokens: real tokens of all rows, image places among them.
-        squares: sum over rows of their length squared.
+        squares: sum over rows of their length squared; twice the query-key pairs of attention.
         images: pictures.
         supervised: positions that carry loss.
     """

@@ -23,6 +23,7 @@ from transformers import set_seed
 from cogvlm_sft.checkpoint.load import build_model, load_model, save_checkpoint
 from cogvlm_sft.data.collator import CogVLMCollator
 from cogvlm_sft.data.mixture import ConversationDataset
+from cogvlm_sft.data.packing import SharedImageCollator
 from cogvlm_sft.errors import CheckpointError, TrainingError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
@@ -35,6 +36,7 @@ from cogvlm_sft.training.preflight import (
     processor_for,
 )
 from cogvlm_sft.training.provenance import check_same_data, write_card, write_run_file
+from cogvlm_sft.training.samplers import GlobalBatchSampler, batches_of
 from cogvlm_sft.training.samples import PromptSamples
 from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped, is_lost_process
 from cogvlm_sft.training.surroundings import deterministic, fresh_output, quiet
@@ -110,9 +112,10 @@ def train(recipe: Recipe) -> TrainResult:
         rates = recipe.tune.trainable()
         apply_tuning(model, recipe.tune)
         _hold_frozen(model, getattr(torch, recipe.model.dtype))
+        batches = batches_of(recipe, dataset, processor.num_image_tokens, world_size)
         if first:
             groups = summarize_groups(model, learning_rate=recipe.train.learning_rate, rates=rates)
-            _announce(recipe, groups, dataset, resume_from)
+            _announce(recipe, groups, dataset, batches, resume_from)
             _write_recipe(recipe)
             if resume_from is None:
                 write_run_file(recipe, groups)
@@ -134,7 +137,11 @@ def train(recipe: Recipe) -> TrainResult:
             arguments,
             train_dataset=dataset,
             eval_dataset=held_out,
-            collator=CogVLMCollator(processor),
+            collator=SharedImageCollator(processor)
+            if recipe.data.share_images
+            else CogVLMCollator(processor),
+            eval_collator=CogVLMCollator(processor),
+            batches=batches,
             rates=rates,
             callbacks=callbacks,
             keep_snapshots=recipe.train.keep_snapshots,
@@ -295,12 +302,14 @@ def _announce(
     recipe: Recipe,
     groups: Sequence[GroupSummary],
     dataset: ConversationDataset,
+    batches: GlobalBatchSampler,
     resume_from: Path | None,
 ) -> None:
     """The start-up table and what the run is about to do."""
     train = recipe.train
     print(group_table(groups))
-    print(f"\n{dataset.report}, the longest of {max(dataset.lengths):,} tokens\n")
+    print(f"\n{dataset.report}, the longest of {max(dataset.lengths):,} tokens")
+    print(f"{batches.report()}\n")
     print(
         f"run: {train.iterations:,} steps of {train.global_batch_size} conversations into "
         f"{train.output}, "

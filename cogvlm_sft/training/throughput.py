@@ -65,11 +65,18 @@ class Throughput:
             self._since, self._step = time.monotonic(), step
         types, mask, labels = batch["token_type_ids"], batch["attention_mask"], batch["labels"]
         lengths = mask.sum(dim=-1).double()
+        squares = lengths.square()
+        if "segments" in batch:
+            # Conversations in one row: a branch's tokens see its prefix and, halfway, itself.
+            start, end, prefix = batch["segments"].double().unbind(1)
+            size = end - start
+            seen = torch.where(prefix >= 0, size[batch["segments"][:, 2]], 0.0)
+            squares = size.square() + 2 * size * seen
         pixels = batch.get("pixel_values")
         counts = torch.stack(
             [
                 lengths.sum(),
-                lengths.square().sum(),
+                squares.sum(),
                 lengths.new_tensor(0 if pixels is None else pixels.shape[0]),
                 (labels[..., 1:] != -100).sum().double(),
                 (types == 1).sum().double(),

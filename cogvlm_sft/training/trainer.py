@@ -11,15 +11,16 @@ a fused head; the patch hands every call without `fused_lm_head` to the class's 
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
@@ -38,35 +39,11 @@ from cogvlm_sft.tune.groups import parameter_groups
 _PICKLED_ARGUMENTS = "training_args.bin"
 
 
-class GlobalBatchSampler(Sampler[int]):
-    """Conversation numbers for a whole run: one shuffled pass after another, without a seam.
-
-    A pass that ends inside a step is continued by the next one, so that every step holds exactly
-    the global batch (stock Trainer shortens the last step of each epoch). Each pass is shuffled by
-    a generator of its own, seeded by (seed, pass), so the order depends neither on the number of
-    processes nor on where a run was resumed.
-    """
-
-    def __init__(self, size: int, total: int, seed: int) -> None:
-        """`size` conversations, of which `total` are drawn over the run."""
-        self.size, self.total, self.seed = size, total, seed
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __iter__(self) -> Iterator[int]:
-        for start in range(0, self.total, self.size):
-            generator = torch.Generator()
-            # Distinct for each (seed, pass); both stay far below 2**31.
-            generator.manual_seed(self.seed * 1_000_003 + start // self.size)
-            order = torch.randperm(self.size, generator=generator).tolist()
-            yield from order[: self.total - start]
-
-
 class CogVLMTrainer(SFTTrainer):
     """Fine-tuning of a CogVLM by a recipe's groups, rates and schedule."""
 
     # Attributes of transformers' Trainer that are set here too.
+    data_collator: Any
     optimizer: Any
     lr_scheduler: Any
     control: Any
@@ -79,8 +56,10 @@ class CogVLMTrainer(SFTTrainer):
         *,
         train_dataset: Dataset[Any],
         collator: Callable[[list[Any]], Mapping[str, Any]],
+        batches: Sampler[list[int]],
         rates: Mapping[str, float],
         eval_dataset: Dataset[Any] | None = None,
+        eval_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         keep_snapshots: int = 2,
         adapter: AdapterFiles | None = None,
@@ -93,8 +72,10 @@ class CogVLMTrainer(SFTTrainer):
             args: see `training_arguments`.
             train_dataset: map-style, one encoded conversation an item.
             collator: list of items to a batch with `labels`.
+            batches: conversations of every micro-batch of the run (`samplers.py`).
             rates: multiple of `args.learning_rate` for each trainable parameter group.
             eval_dataset: held-out conversations for `evaluate`.
+            eval_collator: one row a conversation, for `eval_dataset`; None: the same collator.
             callbacks: progress, metrics, signals.
             keep_snapshots: how many complete snapshots stay on the disk.
             adapter: snapshots hold what is trained only, as an adapter; None holds the model.
@@ -114,6 +95,8 @@ class CogVLMTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
+        self.batches = batches
+        self.eval_collator = eval_collator or collator
         self.rates = dict(rates)
         self.keep_snapshots = keep_snapshots
         self.adapter = adapter
@@ -135,13 +118,36 @@ class CogVLMTrainer(SFTTrainer):
     def _send_telemetry(self) -> None:
         """TRL reports each run to its authors; we do not."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Micro-batches of the run's sampler, dealt over the processes, read and decoded ahead."""
         args = self.args
-        per_step = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
         )
-        return GlobalBatchSampler(len(dataset), args.max_steps * per_step, args.seed)
+        # Not Trainer's way, which wants micro-batches of one size.
+        return prepare_data_loader(
+            loader,
+            device=args.device,
+            num_processes=args.world_size,
+            process_index=args.process_index,
+            put_on_device=True,
+            even_batches=False,
+            non_blocking=args.dataloader_pin_memory,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Trainer's, with one row a conversation."""
+        packing, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = packing
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over group x decay; FSDP passes the sharded `model` it prepared.

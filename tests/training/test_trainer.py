@@ -12,7 +12,6 @@ from cogvlm_sft import CogVLMForCausalLM, Recipe, RecipeError, train
 from cogvlm_sft.recipe import recipe_from_dict
 from cogvlm_sft.training.optimization import hold_trainable_in_fp32, rate_schedule
 from cogvlm_sft.training.telemetry import read_metrics
-from cogvlm_sft.training.trainer import GlobalBatchSampler
 from cogvlm_sft.tune import group_of, set_trainable
 
 MakeRecipe = Callable[..., Recipe]
@@ -168,16 +167,6 @@ def test_same_seed_same_weights_other_seed_other_weights(
     )
     assert same(one, two)
     assert not same(one, other)
-
-
-def test_sampler_runs_across_the_ends_of_passes() -> None:
-    order = list(GlobalBatchSampler(10, 24, seed=3))
-    assert len(order) == 24
-    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
-    assert order[:10] != order[10:20]
-    assert order == list(GlobalBatchSampler(10, 24, seed=3))
-    assert order[:12] == list(GlobalBatchSampler(10, 12, seed=3))
-    assert order != list(GlobalBatchSampler(10, 24, seed=4))
 
 
 def test_every_step_holds_the_global_batch(
