@@ -14,7 +14,7 @@ from torch import nn
 
 from cogvlm_sft.model import CogVLMConfig
 from cogvlm_sft.training.flops import Work, training_flops
-from cogvlm_sft.tune.groups import group_of
+from cogvlm_sft.tune.groups import group_of, shape_of
 
 _GIB = 2**30
 
@@ -146,7 +146,7 @@ def trained_matrices(model: nn.Module) -> set[str]:
     return {
         group_of(name)
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.ndim >= 2 and ".lora_" not in name
+        if parameter.requires_grad and len(shape_of(parameter)) >= 2 and ".lora_" not in name
     }
 
 

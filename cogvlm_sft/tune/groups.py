@@ -70,7 +70,7 @@ def group_of(name: str) -> str:
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay acts on a parameter: a matrix or kernel that is no embedding."""
-    return parameter.ndim >= 2 and not _EMBEDDINGS.search(name)
+    return len(shape_of(parameter)) >= 2 and not _EMBEDDINGS.search(name)
 
 
 def set_trainable(
@@ -90,10 +90,20 @@ def set_trainable(
         parameter.requires_grad_(learns)
 
 
+def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
+    """A parameter's shape as the model means it.
+
+    ZeRO-3 leaves a vector of nothing where a part lies on another GPU, and bitsandbytes packs two
+    4-bit weights into an element; both keep the true shape beside it.
+    """
+    packed = getattr(parameter, "quant_state", None)
+    shape = getattr(parameter, "ds_shape", parameter.shape) if packed is None else packed.shape
+    return tuple(shape)
+
+
 def size_of(parameter: torch.Tensor) -> int:
-    """Number of weights; bitsandbytes packs two 4-bit weights into an element."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else math.prod(state.shape)
+    """Number of weights of a parameter, wherever they lie."""
+    return math.prod(shape_of(parameter))
 
 
 def parameter_groups(
@@ -128,7 +138,7 @@ def parameter_groups(
             )
         members.setdefault((group, decays(name, parameter)), []).append(parameter)
     sizes = {
-        group: sum(p.numel() for key, part in members.items() if key[0] == group for p in part)
+        group: sum(size_of(p) for key, part in members.items() if key[0] == group for p in part)
         for group in rates
     }
     order = sorted(GROUPS, key=lambda group: -sizes.get(group, 0) * (rates.get(group) == 1.0))
@@ -155,7 +165,7 @@ def summarize_groups(
     for name, parameter in model.named_parameters():
         group = group_of(name)
         total[group] += size_of(parameter)
-        trainable[group] += parameter.numel() if parameter.requires_grad else 0
+        trainable[group] += size_of(parameter) if parameter.requires_grad else 0
     return [
         GroupSummary(
             group,

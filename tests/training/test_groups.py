@@ -122,3 +122,19 @@ def test_table_names_groups_and_rates(model: CogVLMForCausalLM) -> None:
     assert lines["vision_tower"].endswith("frozen")
     total = sum(p.numel() for p in model.parameters())
     assert f"{total:,}" in lines["total"]
+
+
+def test_decay_and_sizes_under_zero_3(model: CogVLMForCausalLM) -> None:
+    """Hazard: DeepSpeed leaves an empty vector in place of a matrix that it has split."""
+    rates = dict.fromkeys(GROUPS, 1.0)
+
+    def names() -> list[str]:
+        groups = parameter_groups(model, learning_rate=1.0, rates=rates, weight_decay=0.1)
+        return [f"{group['name']} {len(group['params'])}" for group in groups]
+
+    whole, sizes = names(), summarize_groups(model, learning_rate=1.0, rates=rates)
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    assert names() == whole
+    assert summarize_groups(model, learning_rate=1.0, rates=rates) == sizes

@@ -25,19 +25,19 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-FSDP = Path(__file__).with_name("fsdp_on_cpu.py")
+SHARDED = Path(__file__).with_name("sharded_on_cpu.py")
 
 
 def command(
-    recipe: Recipe, folder: Path, name: str, processes: int = 1, script: Path | None = None
+    recipe: Recipe, folder: Path, name: str, processes: int = 1, kind: str | None = None
 ) -> list[str]:
     path = folder / f"{name}.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [
         sys.executable,
-        *(launcher if processes > 1 or script else []),
-        *(["-m", "cogvlm_sft.cli", "train"] if script is None else [str(script)]),
+        *(launcher if processes > 1 or kind else []),
+        *(["-m", "cogvlm_sft.cli", "train"] if kind is None else [str(SHARDED), kind]),
         str(path),
     ]
 
@@ -118,13 +118,24 @@ def test_one_two_and_four_processes_agree(
 
 
 @pytest.mark.slow
-def test_fsdp_equals_one_process_and_resumes_on_another_number(
-    make_recipe: MakeRecipe, mixed: Path, tmp_path: Path
+@pytest.mark.parametrize(("kind", "afterwards"), [("fsdp2", 1), ("zero2", 2), ("zero3", 2)])
+def test_sharded_equals_one_process_and_resumes(
+    make_recipe: MakeRecipe, mixed: Path, tmp_path: Path, kind: str, afterwards: int
 ) -> None:
-    """Sharded over two, then from its snapshot on one; text-only ranks stay in step."""
+    """By the shipped configurations, over two processes, some of them without pictures.
+
+    A snapshot of FSDP2 goes on with any number of processes, one of DeepSpeed with as many.
+    """
+    if kind != "fsdp2":
+        pytest.importorskip("deepspeed", reason="the package deepspeed is not installed")
+
+    start = train(make_recipe(train__output=tmp_path / "start", train__iterations=2)).output
 
     def recipe(name: str, micro: int) -> Recipe:
         return make_recipe(
+            model__config=None,
+            model__tokenizer=None,
+            model__checkpoint=start,
             data__train=[{"path": str(mixed)}],
             train__output=tmp_path / name,
             train__micro_batch_size=micro,
@@ -134,28 +145,30 @@ def test_fsdp_equals_one_process_and_resumes_on_another_number(
             tune__vision_tower={"mode": "frozen"},
         )
 
+    def assert_equal_to_whole() -> None:
+        assert losses(sharded) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+        one, other = (
+            load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "whole")
+        )
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], atol=1e-5, rtol=1e-4)
+
     train(recipe("whole", 4))
     sharded = tmp_path / "sharded"
-    run(command(recipe("sharded", 1), tmp_path, "on2", 2, FSDP))
-    assert losses(sharded) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "whole"))
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], atol=1e-5, rtol=1e-4)
+    run(command(recipe("sharded", 1), tmp_path, "first", 2, kind))
+    assert_equal_to_whole()
 
-    # As if it had been killed after its first snapshot.
-    (sharded / "config.json").unlink()
-    snapshots.rotate(sharded, 2)
-    newest = snapshots.snapshot_folder(sharded, 6)
-    (newest / "snapshot.json").unlink()
+    # As if it had been killed while it wrote its second snapshot.
+    for name in ("config.json", "model.safetensors"):
+        (sharded / name).unlink()
+    (snapshots.snapshot_folder(sharded, 6) / "snapshot.json").unlink()
     assert snapshots.newest_complete(sharded) == snapshots.snapshot_folder(sharded, 3)
-    with pytest.raises(RecipeError, match="with FSDP, this one is without"):
-        train(recipe("sharded", 4))
-    run(command(recipe("sharded", 2), tmp_path, "on1", 1, FSDP))
-    assert losses(sharded) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
-    resumed = load_file(sharded / "model.safetensors")
-    for name, value in resumed.items():
-        torch.testing.assert_close(value, other[name], atol=1e-5, rtol=1e-4)
+    if kind == "fsdp2":
+        with pytest.raises(RecipeError, match="with FSDP, this one is without"):
+            train(recipe("sharded", 4))
+    run(command(recipe("sharded", 2 // afterwards), tmp_path, "second", afterwards, kind))
+    assert_equal_to_whole()
 
 
 @pytest.mark.slow

@@ -1,0 +1,54 @@
+"""`cogvlm-sft train` under a shipped launcher configuration, on CPU processes that talk by gloo.
+
+    torchrun --nproc_per_node=2 tests/training/sharded_on_cpu.py fsdp2 RECIPE
+
+accelerate takes FSDP and DeepSpeed from its environment only where it sees GPUs; here its look at
+the machine is answered for it. All else is the product: the environment that `accelerate launch`
+makes of `recipes/accelerate/KIND.yaml`, our trainer, accelerate's sharding, sharded snapshots.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
+
+
+def launcher_environment(kind: str) -> dict[str, str]:
+    """What `accelerate launch` tells its processes by a shipped configuration."""
+    file = ["--config_file", str(FOLDER / f"{kind}.yaml"), "script.py"]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(file))
+    if not arguments.use_deepspeed:
+        told = prepare_multi_gpu_env(arguments)
+    else:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        told = prepare_deepspeed_cmd_env(arguments)[1]
+    return {key: told[key] for key in told if key.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+if __name__ == "__main__":
+    kind, recipe = sys.argv[1:]
+    os.environ |= launcher_environment(kind)
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    torch.distributed.init_process_group("gloo")
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+
+    from cogvlm_sft.cli import main
+    from cogvlm_sft.training import arguments
+
+    config = arguments.SFTConfig
+
+    def on_a_device(**settings: Any) -> Any:
+        return config(**{**settings, "use_cpu": False})
+
+    arguments.SFTConfig = on_a_device  # type: ignore[misc, assignment]
+    status = main(["train", recipe])
+    torch.distributed.destroy_process_group()
+    raise SystemExit(status)
