@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import orjson
 
 from cogvlm_sft.errors import DataError
-from data_builders.annotations import Batch, read_records
+from data_builders.annotations import Batch, read_keyed, read_records
 from data_builders.clean import flags_of, has_alien, rounds, text_of
 from data_builders.images import ImageFinder
 from data_builders.recipe import SourceEntry, Strict, options
@@ -92,6 +92,7 @@ class Source:
     files: ClassVar[tuple[File, ...]] = ()
     image_folders: ClassVar[tuple[Folder, ...]] = ()
     wrappers: ClassVar[tuple[str, ...]] = ()
+    keyed: ClassVar[bool] = False
     style: ClassVar[str] = "chat"
     needs_annotations: ClassVar[bool] = True
     reads_folders: ClassVar[bool] = False
@@ -115,9 +116,9 @@ class Source:
         return sorted(set(self.entry.annotations), key=lambda path: (path.name, str(path)))
 
     def batches(self, finder: ImageFinder) -> Iterator[Batch]:
-        """Raw records in batches."""
+        """Raw records in batches: the items of a list, or if `keyed` the entries of an object."""
         for path in self.inputs():
-            yield from read_records(path, self.wrappers)
+            yield from read_keyed(path) if self.keyed else read_records(path, self.wrappers)
 
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
         """Understands one raw record.

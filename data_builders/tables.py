@@ -6,6 +6,7 @@ row of a CSV carries the line on which it begins as `_line`.
 """
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ def csv_rows(path: Path, delimiter: str, needed: Mapping[str, str]) -> Iterator[
     with require_file(path).open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
         header: list[str] = []
+        last: dict[str, Any] | None = None
         line = 1
         try:
             for cells in reader:
@@ -46,7 +48,9 @@ def csv_rows(path: Path, delimiter: str, needed: Mapping[str, str]) -> Iterator[
                 row["_line"] = begins
                 if len(cells) != len(header):
                     row["_malformed"] = "cell_count_differs"
-                yield row
+                if last is not None:
+                    yield last
+                last = row
         except csv.Error as error:
             raise DataError(
                 f"{path}:{reader.line_num}: broken table ({error}); is a quote missing, or is "
@@ -54,6 +58,13 @@ def csv_rows(path: Path, delimiter: str, needed: Mapping[str, str]) -> Iterator[
             ) from None
         except UnicodeDecodeError:
             raise _not_utf8(path) from None
+    if last is not None:
+        if len(last) - 2 < len(header) and "_malformed" in last and not _ends_line(path):
+            raise DataError(
+                f"{path}:{last['_line']}: the file ends at byte {path.stat().st_size} inside this "
+                f"row, after {len(last) - 2} of {len(header)} cells; it is truncated"
+            )
+        yield last
 
 
 def parquet_rows(path: Path, needed: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -93,6 +104,12 @@ def _check_header(where: str, found: list[str], needed: Mapping[str, str]) -> No
     twice = [name for name, count in Counter(found).items() if count > 1]
     if twice:
         raise DataError(f"{where}: column {twice[0]!r} is there twice; rename one")
+
+
+def _ends_line(path: Path) -> bool:
+    with path.open("rb") as raw:
+        raw.seek(-1, os.SEEK_END)
+        return raw.read(1) in b"\r\n"
 
 
 def _not_utf8(path: Path) -> DataError:

@@ -101,7 +101,7 @@ class Flickr30kEntities(Source):
             picture: dict[str, Any] = {"id": path.stem, "split": splits.get(path.stem)}
             picture["split_known"] = bool(splits)
             picture |= _boxes(annotations.pop(path.stem, None))
-            lines = _text(path).rstrip("\n").split("\n")
+            lines = _lines(path)
             for number, line in enumerate(lines):
                 dropped = (path.stem, number) in unrelated or (path.stem, None) in unrelated
                 rows.append({**picture, "number": number, "sentence": line, "unrelated": dropped})
@@ -156,6 +156,22 @@ def _text(path: Path) -> str:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; fetch it again") from None
+
+
+def _lines(path: Path) -> list[str]:
+    """The sentences of a picture.
+
+    Raises:
+        DataError: The last one breaks off inside a phrase.
+    """
+    lines = _text(path).split("\n")
+    last = lines.pop()  # empty, unless the last line has no end
+    if "[/EN#" in _PHRASE.sub("", last):
+        raise DataError(
+            f"{path}:{len(lines) + 1}: the file ends at byte {path.stat().st_size} inside a "
+            "phrase; it is truncated: unpack it again"
+        )
+    return [*lines, last] if last or not lines else lines
 
 
 def _unrelated(path: Path) -> Iterator[tuple[str, int | None]]:

@@ -10,12 +10,9 @@ Usage:
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
-from data_builders.annotations import Batch, read_keyed
 from data_builders.clean import text_of
-from data_builders.images import ImageFinder
 from data_builders.source import Draft, File, Folder, Source
 from data_builders.splits import SplitOptions, split_of_file
 
@@ -39,13 +36,9 @@ class Gqa(Source):
         File("testdev_balanced_questions.json", 0, "12,578; held out"),
     )
     image_folders = (Folder("gqa/images", "images.zip, 20 GB; or Visual Genome's folders"),)
+    keyed = True
     style = "vqa"
     Options = GqaOptions
-
-    def batches(self, finder: ImageFinder) -> Iterator[Batch]:
-        """Questions with their ids."""
-        for path in self.inputs():
-            yield from read_keyed(path)
 
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
         """Understands one question; see `Source.draft`."""

@@ -1,12 +1,13 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: expressions that name one thing in a COCO train2014 picture.
 
 `--annotations` takes REFER's pickles, `refs(unc).p` for RefCOCO and RefCOCO+ and `refs(umd).p` for
-RefCOCOg (its `google` split shares pictures between train and val), with `--instances` of the same
-folder; a JSON list of the same refs; or Shikra's JSON Lines (`img_path`, `expression`, `bbox` as
-corners). Pickles are read without running any code. Every sentence is a record. Boxes (x, y, width,
-height in `instances.json`) become `[[x0,y0,x1,y1]]` in thousandths. `task: rec` asks where the
-expression is, `task: reg` asks for an expression of the box. val, testA, testB and test stay out
-unless `splits` names them; all of their pictures are COCO train2014, hence in LLaVA-Instruct too.
+RefCOCOg (its `google` split shares pictures between train and val and is refused), with the
+`instances.json` that lies beside them or that `--instances` names; a JSON list of the same refs; or
+Shikra's JSON Lines (`img_path`, `expression`, `bbox` as corners). Pickles are read without running
+any code. Every sentence is a record. Boxes (x, y, width, height in `instances.json`) become
+`[[x0,y0,x1,y1]]` in thousandths. `task: rec` asks where the expression is, `task: reg` asks for an
+expression of the box. val, testA, testB and test stay out unless `splits` names them; all of their
+pictures are COCO train2014, hence in LLaVA-Instruct too.
 
 Usage:
     python -m data_builders.sources.refcoco --annotations "refcoco/refs(unc).p" \\
@@ -83,13 +84,31 @@ class Refcoco(Source):
 
     def inputs(self) -> list[Path]:
         """Refs and instances."""
-        return sorted({*super().inputs(), *self.options.instances}, key=lambda p: (str(p), p.name))
+        return sorted({*self._refs(), *self._instance_files()}, key=lambda p: (p.name, str(p)))
+
+    def _refs(self) -> list[Path]:
+        refs = [path for path in super().inputs() if not path.name.startswith("instances")]
+        for path in refs:
+            if "google" in path.name:
+                raise DataError(
+                    f"{path}: Google's split of RefCOCOg shares pictures between train and val; "
+                    "use refs(umd).p"
+                )
+        return refs
+
+    def _instance_files(self) -> list[Path]:
+        """What `instances` names, else what is listed or lies beside the refs."""
+        if self.options.instances:
+            return sorted(set(self.options.instances))
+        listed = {path for path in super().inputs() if path.name.startswith("instances")}
+        beside = {path.parent / "instances.json" for path in super().inputs()}
+        return sorted(listed or {path for path in beside if path.is_file()})
 
     def batches(self, finder: ImageFinder) -> Iterator[Batch]:
         """Sentences, one record each, with their box in pixels and their picture's sides."""
         pictures: dict[str, Any] | None = None
         boxes: dict[str, Any] = {}
-        for path in super().inputs():
+        for path in self._refs():
             start = 0
             for records in _records(path):
                 rows: list[dict[str, Any]] = []
@@ -135,14 +154,15 @@ class Refcoco(Source):
 
     def _instances(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Pictures and boxes of `instances.json`, by id."""
-        if not self.options.instances:
+        files = self._instance_files()
+        if not files:
             raise DataError(
                 f"source {self.entry.name}: no instances given; refs name boxes by number. Set "
                 "`instances` to the instances.json that came with them"
             )
         pictures: dict[str, Any] = {}
         boxes: dict[str, Any] = {}
-        for path in self.options.instances:
+        for path in files:
             for key, table in (("images", pictures), ("annotations", boxes)):
                 for batch in read_records(path, (key,)):
                     for record in batch.records:

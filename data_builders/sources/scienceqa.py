@@ -3,7 +3,8 @@
 Entry: `{"question", "choices", "answer": index, "hint", "image": "image.png"|null, "split"}`; the
 picture is `<split>/<id>/image.png`. The question is followed by the hint, where there is one, and
 the choices as `A. …` lines; the answer is the letter. Problems without a picture are left out
-unless `text_only` is set. `pid_splits.json` is not needed: the split stands in each entry.
+unless `text_only` is set. The split stands in each entry; where `pid_splits.json` is listed too, a
+problem that either of them holds out stays out.
 
 Usage:
     python -m data_builders.sources.scienceqa --annotations problems.json \\
@@ -15,12 +16,13 @@ from collections.abc import Iterator
 from types import NoneType
 from typing import Any
 
-from data_builders.annotations import Batch, read_keyed
+from data_builders.annotations import Batch, read_keyed, read_mapping
 from data_builders.clean import rounds, text_of
 from data_builders.images import ImageFinder
 from data_builders.source import Draft, File, Folder, Source
 from data_builders.splits import SplitOptions, split_named
 
+_SPLIT_LISTS = "pid_splits.json"
 _ASK = "Answer with the option's letter from the given choices directly."
 
 
@@ -46,9 +48,20 @@ class Scienceqa(Source):
     Options = ScienceOptions
 
     def batches(self, finder: ImageFinder) -> Iterator[Batch]:
-        """Problems with their number."""
+        """Problems with their number, and with the split that `pid_splits.json` gives them."""
+        listed: dict[str, set[str]] = {}
         for path in self.inputs():
-            yield from read_keyed(path)
+            if path.name == _SPLIT_LISTS:
+                for split, numbers in read_mapping(path):
+                    for number in numbers if isinstance(numbers, list) else ():
+                        listed.setdefault(str(number), set()).add(split)
+        for path in self.inputs():
+            if path.name == _SPLIT_LISTS:
+                continue
+            for batch in read_keyed(path):
+                for record in batch.records if listed else ():
+                    record["lists"] = listed.get(record["id"], set()) & {"val", "test"}
+                yield batch
 
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
         """Understands one problem; see `Source.draft`."""
@@ -56,6 +69,8 @@ class Scienceqa(Source):
         if type(entry) is not dict:
             return "record_not_an_object"
         split = split_named(entry.get("split"))
+        if any(name not in self.options.splits for name in record.get("lists", ())):
+            return "held_out_split"
         if split not in self.options.splits:
             return "split_missing" if split is None else "held_out_split"
         image = entry.get("image")

@@ -220,6 +220,9 @@ def test_mistakes(photos, run, tmp_path):
     path.write_text('image,question,answer\na.jpg,q,"cut')
     with pytest.raises(DataError, match=r"q.csv:2: broken table .* truncated at byte 34"):
         run("custom_vqa", [path])
+    path.write_text('image,question,answer\na.jpg,q,"two\nlines"\nb.png,cut')
+    with pytest.raises(DataError, match=r"q\.csv:4: the file ends at byte 51 .*2 of 3 cells"):
+        run("custom_vqa", [path])
     path.write_bytes(b"image,question,answer\na.jpg,q,\xff\n")
     with pytest.raises(DataError, match=r"q\.csv:2: not UTF-8 at byte 30"):
         run("custom_vqa", [path])

@@ -132,10 +132,18 @@ def test_refcoco_the_other_way_and_as_json(refer, run, write_json):
     assert "[[100,100,500,500]]" in built[0]["messages"][0]["content"]
 
 
-def test_refcoco_needs_its_instances(refer, run):
+def test_refcoco_needs_its_instances(refer, run, tmp_path):
     write, instances = refer
+    _, built, _ = run("refcoco", [write([ref("x")])])  # found beside the refs
+    assert len(built) == 1
+    _, built, _ = run("refcoco", [write([ref("x")]), instances])
+    assert len(built) == 1
+    with pytest.raises(DataError, match=r"shares pictures between train and val.*refs\(umd\)\.p"):
+        run("refcoco", [write([ref("x")], "refs(google).p")])
+    alone = tmp_path / "alone"
+    alone.mkdir()
     with pytest.raises(DataError, match=r"no instances given.*instances\.json"):
-        run("refcoco", [write([ref("x")])])
+        run("refcoco", [shutil.copy(write([ref("x")]), alone)])
     with pytest.raises(DataError, match="expected a list of refs, found a dict"):
         run("refcoco", [write({"refs": []})], instances=[str(instances)])
 
@@ -355,6 +363,9 @@ def test_entities_mistakes(entities, run, tmp_path):
     with pytest.raises(DataError, match=r"holds no Sentences/\*\.txt"):
         run("flickr30k_entities", [tmp_path / "empty"])
     (home / "UNRELATED_CAPTIONS").unlink()
+    (home / "Sentences" / "5.txt").write_bytes(b"A man .\n[/EN#1/people A m")
+    with pytest.raises(DataError, match=r"5\.txt:2: the file ends at byte 25 inside a phrase"):
+        run("flickr30k_entities", [home])
     (home / "Sentences" / "5.txt").write_bytes(b"A \xff man")
     with pytest.raises(DataError, match=r"5\.txt: not UTF-8 at byte 2"):
         run("flickr30k_entities", [home])

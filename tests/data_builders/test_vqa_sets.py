@@ -239,5 +239,9 @@ def test_scienceqa(root, run, write_json, picture):
         "held_out_split": 2, "image_missing": 1, "image_name_not_a_string": 1,
         "image_path_unsafe": 1, "no_picture": 1, "record_not_an_object": 1,
         "split_missing": 1}  # fmt: skip
+    lists = write_json("pid_splits.json", {"train": ["9"], "minitrain": ["7"], "test": ["7"]})
+    report, built, _ = run("scienceqa", [path, lists], text_only=True)
+    assert [r["meta"]["orig_id"] for r in built] == ["9"]
+    assert report["dropped"]["held_out_split"] == 3
     _, built, _ = run("scienceqa", [path], text_only=True)
     assert built[1]["images"] == [] and "\nContext: Think.\n" in built[1]["messages"][0]["content"]
