@@ -430,7 +430,9 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     export.add_argument("build", type=Path)
     export.add_argument(
-        "--to", required=True, choices=("trl", "llama-factory", "ms-swift", "llava")
+        "--to",
+        required=True,
+        choices=("trl", "llama-factory", "ms-swift", "llava", "webdataset"),
     )
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
     export.add_argument("--images", type=Path, required=True, metavar="DIR", help="image root")

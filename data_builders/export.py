@@ -1,25 +1,41 @@
 """Writes a build in the form that another trainer reads.
 
-`trl`: JSON Lines with `messages` and `images`, markers taken out (TRL places the picture before the
-first question and would leave a literal `<image>` in the text); every row has `images`, an empty
-list where it is text only, so that the column has one type. `llama-factory` and `ms-swift` read the
-record's own shape; the first also wants an entry in `dataset_info.json`. `llava` is LLaVA's JSON
-list, which knows one picture a record. Paths stay relative unless an image root is given.
+`trl`: Parquet with `messages` and `images`, markers taken out (TRL places the pictures before the
+first question and would leave a literal `<image>` in the text); its schema says that `images` are
+pictures, so `datasets` opens them by itself, and every row has the list, empty where it is text
+only. `llama-factory` and `ms-swift` read the record's own shape; the first also wants an entry in
+`dataset_info.json`. `llava` is LLaVA's JSON list, which knows one picture a record. `webdataset` is
+tar files that hold the pictures too. Pictures that these readers would get wrong (turned by EXIF,
+transparent, CMYK, 16-bit, animated, with a wrong ending) are written beside as plain copies. Paths
+stay relative, and pictures unseen, unless an image root is given.
 """
 
+import io
 import os
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import orjson
+from PIL import Image
 
-from cogvlm_sft.conversation import Conversation, read_conversations, strip_marker
+from cogvlm_sft.conversation import (
+    IMAGE_MARKER,
+    Conversation,
+    read_conversations,
+    resolve_image,
+    strip_marker,
+)
 from cogvlm_sft.errors import DataError
+from data_builders.image_check import oddities, upright_rgb
+from data_builders.progress import progress
 
-Target = Literal["trl", "llama-factory", "ms-swift", "llava"]
+Target = Literal["trl", "llama-factory", "ms-swift", "llava", "webdataset"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+TAR_BYTES = 1 << 30
+_ROWS = 10_000
 
 
 def export(
@@ -31,26 +47,26 @@ def export(
         build: The build folder.
         to: One of `TARGETS`.
         out: Folder to write; must not exist, or be empty.
-        image_root: Given, paths are written as absolute ones below it.
+        image_root: Given, paths are written as absolute ones below it; `webdataset` needs it.
 
     Returns:
         Conversations written.
 
     Raises:
-        DataError: Unknown target, a folder that holds something, or a record that the target
-            cannot hold.
+        DataError: Unknown target, a folder that holds something, a picture that is missing or
+            broken, or a record that the target cannot hold.
     """
     if to not in TARGETS:
         raise DataError(f"cannot export to {to!r}; known are {', '.join(TARGETS)}")
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder}: exists and is not an empty folder; choose another")
-    root = None if image_root is None else Path(image_root).resolve()
     staging = folder.with_name(f".{folder.name}.exporting")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    pictures = _Pictures(image_root, staging, folder.absolute())
     try:
-        count = _WRITERS[to](read_conversations(Path(build)), staging, root)
+        count = _WRITERS[to](_counted(build), staging, pictures)
         if folder.exists():
             folder.rmdir()
         os.rename(staging, folder)
@@ -59,10 +75,75 @@ def export(
     return count
 
 
-def _paths(conversation: Conversation, root: Path | None) -> list[str]:
-    if root is None:
-        return list(conversation.images)
-    return [str(root / path) for path in conversation.images]
+def _counted(build: Path | str) -> Iterator[Conversation]:
+    with progress(None, "exporting", " conversations", scale=True) as bar:
+        for conversation in read_conversations(Path(build)):
+            yield conversation
+            bar.update()
+
+
+class _Pictures:
+    """Where the trainer finds each picture; odd ones are copied in a plain form."""
+
+    def __init__(self, root: Path | str | None, staging: Path, folder: Path) -> None:
+        self.root = None if root is None else Path(root).resolve()
+        self._staging = staging
+        self._folder = folder
+        self._known: dict[str, str] = {}
+
+    def paths(self, conversation: Conversation) -> list[str]:
+        """The paths to write for a conversation's pictures."""
+        return [self._path(relative, conversation.id) for relative in conversation.images]
+
+    def _path(self, relative: str, where: str) -> str:
+        if self.root is None:
+            return relative
+        known = self._known.get(relative)
+        if known is None:
+            file = resolve_image(self.root, relative, where)
+            plain = _plain_copy(file, where)
+            if plain is None:
+                known = str(self.root / relative)
+            else:
+                copy = f"images/{relative}.{plain[0]}"
+                (self._staging / copy).parent.mkdir(parents=True, exist_ok=True)
+                (self._staging / copy).write_bytes(plain[1])
+                known = str(self._folder / copy)
+            self._known[relative] = known
+        return known
+
+    def content(self, relative: str, where: str) -> tuple[str, bytes]:
+        """Ending and bytes of a picture in a form that every reader gets right."""
+        if self.root is None:
+            raise DataError("webdataset holds the pictures themselves: give the image root")
+        file = resolve_image(self.root, relative, where)
+        return _plain_copy(file, where) or (file.suffix[1:].lower(), file.read_bytes())
+
+
+def _plain_copy(file: Path, where: str) -> tuple[str, bytes] | None:
+    """Ending and bytes of an upright RGB copy; None where the file itself is as plain."""
+    try:
+        with Image.open(file) as image:
+            if not oddities(image, file.suffix):
+                return None
+            kind = "JPEG" if image.format in ("JPEG", "MPO") else "PNG"
+            plain = upright_rgb(image, "white")
+    except Exception as error:  # Pillow raises whatever a broken file provokes
+        raise DataError(
+            f"{where}: picture {file} cannot be decoded ({error}); run `cogvlm-sft data verify`"
+        ) from None
+    stream = io.BytesIO()
+    plain.save(stream, kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+    return ("jpg" if kind == "JPEG" else "png"), stream.getvalue()
+
+
+def _markers_first(conversation: Conversation, target: str) -> None:
+    """Refuses a picture in a later turn, for readers that show all pictures at the beginning."""
+    if any(IMAGE_MARKER in turn.content for turn in conversation.turns[1:]):
+        raise DataError(
+            f"{conversation.id}: shows a picture in a later turn; {target} shows all pictures at "
+            "the beginning"
+        )
 
 
 def _messages(conversation: Conversation, strip: bool) -> list[dict[str, Any]]:
@@ -81,14 +162,38 @@ def _lines(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     return count
 
 
-def _trl(conversations: Iterator[Conversation], out: Path, root: Path | None) -> int:
-    return _lines(
-        out / "train.jsonl",
-        ({"images": _paths(c, root), "messages": _messages(c, strip=True)} for c in conversations),
-    )
+def _trl(conversations: Iterator[Conversation], out: Path, pictures: _Pictures) -> int:
+    import pyarrow
+    from datasets import Features, Image, List, Value
+    from pyarrow.parquet import ParquetWriter
+
+    message = {"role": Value("string"), "content": Value("string")}
+    schema = Features({"images": List(Image()), "messages": List(message)}).arrow_schema
+    count = 0
+    with ParquetWriter(out / "train.parquet", schema) as writer:
+        rows: list[dict[str, Any]] = []
+
+        def write() -> None:
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+            rows.clear()
+
+        for conversation in conversations:
+            _markers_first(conversation, "TRL")
+            paths = pictures.paths(conversation)
+            rows.append(
+                {
+                    "images": [{"bytes": None, "path": path} for path in paths],
+                    "messages": _messages(conversation, strip=True),
+                }
+            )
+            count += 1
+            if len(rows) == _ROWS:
+                write()
+        write()
+    return count
 
 
-def _swift(conversations: Iterator[Conversation], out: Path, root: Path | None) -> int:
+def _swift(conversations: Iterator[Conversation], out: Path, pictures: _Pictures) -> int:
     def rows() -> Iterator[dict[str, Any]]:
         for conversation in conversations:
             messages = _messages(conversation, strip=False)
@@ -97,17 +202,20 @@ def _swift(conversations: Iterator[Conversation], out: Path, root: Path | None) 
                     message["loss"] = False
             yield {
                 "messages": messages,
-                "images": _paths(conversation, root),
+                "images": pictures.paths(conversation),
                 "channel": conversation.source,
             }
 
     return _lines(out / "train.jsonl", rows())
 
 
-def _llama_factory(conversations: Iterator[Conversation], out: Path, root: Path | None) -> int:
+def _llama_factory(conversations: Iterator[Conversation], out: Path, pictures: _Pictures) -> int:
     count = _lines(
         out / "cogvlm_sft.jsonl",
-        ({"messages": _messages(c, strip=False), "images": _paths(c, root)} for c in conversations),
+        (
+            {"messages": _messages(c, strip=False), "images": pictures.paths(c)}
+            for c in conversations
+        ),
     )
     info = {
         "cogvlm_sft": {
@@ -126,7 +234,7 @@ def _llama_factory(conversations: Iterator[Conversation], out: Path, root: Path 
     return count
 
 
-def _llava(conversations: Iterator[Conversation], out: Path, root: Path | None) -> int:
+def _llava(conversations: Iterator[Conversation], out: Path, pictures: _Pictures) -> int:
     count = 0
     with (out / "train.json").open("wb") as stream:
         for conversation in conversations:
@@ -135,9 +243,10 @@ def _llava(conversations: Iterator[Conversation], out: Path, root: Path | None) 
                     f"{conversation.id}: {len(conversation.images)} pictures; LLaVA's format holds "
                     "one a record"
                 )
+            _markers_first(conversation, "LLaVA")
             row: dict[str, Any] = {"id": conversation.id}
             if conversation.images:
-                row["image"] = _paths(conversation, root)[0]
+                row["image"] = pictures.paths(conversation)[0]
             row["conversations"] = [
                 {"from": "human" if turn.role == "user" else "gpt", "value": turn.content}
                 for turn in conversation.turns
@@ -149,9 +258,38 @@ def _llava(conversations: Iterator[Conversation], out: Path, root: Path | None) 
     return count
 
 
-_WRITERS: dict[str, Callable[[Iterator[Conversation], Path, Path | None], int]] = {
+def _webdataset(conversations: Iterator[Conversation], out: Path, pictures: _Pictures) -> int:
+    """Tar files of at most a gigabyte: `KEY.json` and `KEY.jpg`, `KEY.1.jpg` … of a sample."""
+    count = 0
+    archive: tarfile.TarFile | None = None
+    try:
+        for conversation in conversations:
+            if archive is None or archive.offset > TAR_BYTES:
+                if archive is not None:
+                    archive.close()
+                number = len(list(out.glob("train-*.tar")))
+                archive = tarfile.open(out / f"train-{number:05d}.tar", "w")  # noqa: SIM115
+            record = conversation.to_record()
+            members: list[tuple[str, bytes]] = []
+            for place, relative in enumerate(conversation.images):
+                ending, content = pictures.content(relative, conversation.id)
+                members.append((f"{place}.{ending}" if place else ending, content))
+            record["images"] = [name for name, _ in members]
+            for name, content in [("json", orjson.dumps(record)), *members]:
+                member = tarfile.TarInfo(f"{count:09d}.{name}")  # no time, no owner: same bytes
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+            count += 1
+    finally:
+        if archive is not None:
+            archive.close()
+    return count
+
+
+_WRITERS: dict[str, Callable[[Iterator[Conversation], Path, _Pictures], int]] = {
     "trl": _trl,
     "llama-factory": _llama_factory,
     "ms-swift": _swift,
     "llava": _llava,
+    "webdataset": _webdataset,
 }

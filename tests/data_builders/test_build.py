@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,24 @@ def test_a_further_source_moves_no_other_conversation(recipe, corpus, tmp_path):
     assert [identity for identity in both if identity.startswith("llava")] == alone
 
 
+def test_quotas(recipe):
+    """Exactly so many conversations, from a larger source and from a smaller one."""
+    result = build(recipe, ["sources.0.quota=120", "sources.lrv_instruction.quota=510"])
+    rows = result.manifest["sources"]
+    assert rows["llava_instruct"]["conversations"] == 120
+    assert rows["llava_instruct"]["dropped"]["over_quota"] == 134
+    assert (rows["lrv_instruction"]["kept"], rows["lrv_instruction"]["conversations"]) == (200, 510)
+    ids = [c.id for c in read_conversations(result.out) if c.source == "lrv_instruction"]
+    seen = Counter(identity.split("~")[0] for identity in ids)
+    assert len(set(ids)) == 510 and set(seen.values()) == {2, 3}
+    # which ones are kept does not depend on the other source
+    alone = build(recipe, ["sources.0.quota=120", "sources.1.max=1"])
+    both = {c.id for c in read_conversations(result.out) if c.source == "llava_instruct"}
+    assert both == {c.id for c in read_conversations(alone.out) if c.source == "llava_instruct"}
+    with pytest.raises(RecipeError, match="`quota` says it all; leave out `max` and `weight`"):
+        build(recipe, ["sources.0.quota=120", "sources.0.weight=2"])
+
+
 def test_caps_and_weights(recipe):
     result = build(recipe, ["sources.llava_instruct.max=100", "sources.lrv_instruction.weight=1.5"])
     rows = result.manifest["sources"]
@@ -185,6 +204,27 @@ def test_held_out_pictures(root, picture, run, write_json, tmp_path):
     assert len(built) == 4 and report["dropped"] == {}
     with pytest.raises(DataError, match=r"nothing\.txt does not exist"):
         run("custom_vqa", [questions], decontaminate={"against": ["nothing.txt"]})
+
+
+def test_visual_genome_pictures_that_are_coco_pictures(root, picture, run, write_json):
+    """LRV's pictures carry Visual Genome ids; half of that collection are COCO pictures."""
+    names = ("2300001", "2300002", "500")
+    for name in names:
+        picture(root / f"{name}.jpg", 1)
+    rows = [{"image_id": name, "question": "q?", "answer": f"a {name}."} for name in names]
+    annotations = write_json("lrv.json", rows)
+    facts = [{"image_id": 2300001, "coco_id": 42}, {"image_id": 2300002, "coco_id": None}]
+    rules = {
+        "against": [str(write_json("mscoco_val.json", [{"image_id": 42}, {"image_id": 500}]))],
+        "visual_genome": str(write_json("image_data.json", facts)),
+    }
+    report, records, _ = run("lrv_instruction", [annotations], decontaminate=rules)
+    assert report["dropped"] == {"held_out_picture": 1}
+    # the list is COCO's, so its 500 is another picture than Visual Genome's
+    assert sorted(r["images"][0] for r in records) == ["2300002.jpg", "500.jpg"]
+    rules["visual_genome"] = str(write_json("wrong.json", [{"image_id": 1}]))
+    with pytest.raises(DataError, match=r"expected Visual Genome's image_data\.json"):
+        run("lrv_instruction", [annotations], decontaminate=rules)
 
 
 def test_a_failing_build_leaves_the_earlier_one_untouched(recipe, corpus, tmp_path, monkeypatch):
