@@ -197,6 +197,8 @@ def _build_into(work: WorkFolder, recipe: BuildRecipe) -> dict[str, Any]:
         if not len(records):
             drops = sum((ledger.drops[name] for name in ledger.sources), Counter())
             why = ", ".join(f"{n:,} {reason}" for reason, n in drops.most_common(5))
+            if set(drops) == {"held_out_split"}:
+                why += "; for a build to evaluate on, name the split in the source's `splits`"
             raise DataError(
                 f"no conversation is left of {sum(ledger.read.values()):,} records read"
                 + (f" (dropped: {why})" if why else "; are the annotation files empty?")

@@ -25,7 +25,7 @@ from defusedxml.ElementTree import fromstring
 
 from cogvlm_sft.errors import DataError
 from data_builders.annotations import ROWS, Batch, require_file
-from data_builders.boxes import Corners, box_text, corners, picture_size
+from data_builders.boxes import Corners, box_text, corners, look_up_size, picture_size
 from data_builders.caption_sets import REQUESTS
 from data_builders.clean import choose
 from data_builders.images import ImageFinder
@@ -101,6 +101,9 @@ class Flickr30kEntities(Source):
             picture: dict[str, Any] = {"id": path.stem, "split": splits.get(path.stem)}
             picture["split_known"] = bool(splits)
             picture |= _boxes(annotations.pop(path.stem, None))
+            if picture.get("sides", ()) is None:
+                picture["sides"], reason = look_up_size(finder, f"{path.stem}.jpg")
+                picture |= {"problem": reason} if reason else {}
             lines = _lines(path)
             for number, line in enumerate(lines):
                 dropped = (path.stem, number) in unrelated or (path.stem, None) in unrelated
@@ -219,8 +222,6 @@ def _boxes(path: Path | None) -> dict[str, Any]:
             found = [_number(bound.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax")]
             for chain in item.iter("name"):
                 boxes.setdefault((chain.text or "").strip(), []).append(corners(found))
-    if sides is None:
-        return {"problem": "image_size_unknown"}
     return {"sides": sides, "boxes": boxes}
 
 

@@ -120,7 +120,7 @@ class Refcoco(Source):
                     else:
                         if pictures is None:
                             pictures, boxes = self._instances()
-                        rows += _refer(record, pictures, boxes)
+                        rows += _refer(record, pictures, boxes, finder)
                 yield Batch(path.name, start, rows)
                 start += len(rows)
 
@@ -190,7 +190,7 @@ def _records(path: Path) -> Iterator[list[Any]]:
 
 
 def _refer(
-    ref: dict[str, Any], pictures: dict[str, Any], boxes: dict[str, Any]
+    ref: dict[str, Any], pictures: dict[str, Any], boxes: dict[str, Any], finder: ImageFinder
 ) -> list[dict[str, Any]]:
     """One record for each sentence of a ref."""
     split = ref.get("split")
@@ -207,7 +207,8 @@ def _refer(
         # a ref's own file_name ends in the number of its box; the picture's is in instances.json
         name, sides = pictures[picture]
         row |= {"image": name, "box": boxes[box], "sides": sides}
-        row["sides_missing"] = "image_size_unknown"
+        if sides is None and split is not None:
+            row["sides"], row["sides_missing"] = look_up_size(finder, name)
     rows = []
     for sentence in sentences:
         if type(sentence) is not dict:

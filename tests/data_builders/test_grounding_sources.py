@@ -1,9 +1,11 @@
 """Boxes: REFER's pickles, Shikra's lines, Entities' XML, Visual7W; floored, safe, counted."""
 
+import io
 import json
 import pickle
 import shutil
 from fractions import Fraction
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -94,7 +96,7 @@ def refer(root, picture, write_json, tmp_path):
     return write, instances
 
 
-def test_refcoco(refer, run):
+def test_refcoco(refer, run, root, picture):
     write, instances = refer
     refs = [
         ref("the bus on the left", "bus?", "The Bus.</s>"),
@@ -116,10 +118,13 @@ def test_refcoco(refer, run):
     assert report["read"] == 20
     assert report["dropped"] == {
         "box_empty": 1, "box_missing": 1, "box_not_four_numbers": 1, "box_outside_picture": 1,
-        "empty_question": 2, "held_out_split": 4, "image_missing": 1, "image_size_unknown": 1,
+        "empty_question": 2, "held_out_split": 4, "image_missing": 2,
         "picture_not_in_instances": 1, "record_not_an_object": 2, "split_missing": 1,
         "turns_missing": 1,
     }  # fmt: skip
+    picture(root / "COCO_train2014_000000000006.jpg", 2, size=(640, 480))
+    _, built, _ = run("refcoco", [write([ref("sized", image=6)])], instances=[str(instances)])
+    assert built[0]["messages"][1]["content"] == "[[100,100,500,500]]"  # sides of the picture
     _, built, _ = run("refcoco", [write(refs)], instances=[str(instances)], splits=["testA"])
     assert len(built) == 2 and built[0]["meta"]["split"] == "testA"
 
@@ -195,6 +200,30 @@ def test_a_pickle_runs_no_code(protocol, refer, run, tmp_path):
     ):
         run("refcoco", [path], instances=[str(instances)])
     assert not (tmp_path / "owned").exists()
+
+
+class Python2(pickle._Pickler):
+    """Writes texts as Python 2 did: bytes without an encoding."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def save_str(self, text):
+        raw = text.encode("utf-8", "surrogateescape")
+        self.write(pickle.SHORT_BINSTRING + bytes([len(raw)]) + raw)
+
+    dispatch[str] = save_str
+
+
+def test_a_pickle_of_python_2(refer, run):
+    write, instances = refer
+    stream = io.BytesIO()
+    refs = [ref("the caf\u00e9"), ref("latin \udce9")]  # the second is one byte of Latin-1
+    Python2(stream, protocol=2).dump(refs)
+    path = write([])
+    path.write_bytes(stream.getvalue())
+    report, built, _ = run("refcoco", [path], instances=[str(instances)])
+    assert "caf\u00e9" in built[0]["messages"][0]["content"]
+    assert report["dropped"] == {"text_not_unicode": 1}
 
 
 def test_a_pickle_cannot_unfold(tmp_path):
@@ -302,17 +331,19 @@ def test_flickr30k_entities(entities, run, root):
         "Two people [[100,100,500,500;500,500,999,999]] near a hat [[500,500,999,999]] in a park .",
         "They talk in a park .",
         "Nothing marked .",
+        "A cat .",
     ]
-    assert [r["meta"]["orig_id"] for r in built] == ["36979#0", "36979#1", "36979#2"]
+    assert [r["meta"]["orig_id"] for r in built] == ["36979#0", "36979#1", "36979#2", "6#1"]
     assert "[[x0,y0,x1,y1]]" in built[0]["messages"][0]["content"]
     assert "x0" not in built[1]["messages"][0]["content"]
     assert report["dropped"] == {
         "annotation_missing": 1, "annotation_without_sentences": 1, "box_empty": 1,
-        "box_outside_picture": 1, "held_out_split": 6, "image_size_unknown": 2, "markup_broken": 1,
+        "box_not_four_numbers": 1, "box_outside_picture": 1, "held_out_split": 6,
+        "markup_broken": 1,
         "split_missing": 1, "unrelated_caption": 1,
     }  # fmt: skip
     assert report["read"] == 18
-    assert report["repaired"]["sentence_without_box"] == 2
+    assert report["repaired"]["sentence_without_box"] == 3
 
 
 def test_entities_without_split_lists_say_so(entities, run):

@@ -102,6 +102,21 @@ def test_joined_records_that_contradict_each_other(root, run, write_json, pictur
         run("okvqa", [cut], questions=[str(q)])
 
 
+def test_okvqa_stems_are_mended(root, run, write_json, picture):
+    picture(root / "COCO_train2014_000000000009.jpg", 1)
+    given = [("poni tail", "Pony tail"), ("taxi", "taxi"), ("ski", "sky"), ("race", "racing")]
+    questions = [{"image_id": 9, "question": f"{a}?", "question_id": n}
+                 for n, (a, _) in enumerate(given)]  # fmt: skip
+    answers = [{"image_id": 9, "question_id": n, "answers": [
+        {"answer": a, "raw_answer": raw}, {"answer": a}, {"answer": "x", "raw_answer": "x"}]}
+        for n, (a, raw) in enumerate(given)]  # fmt: skip
+    q = write_json("OpenEnded_mscoco_train2014_questions.json", {"questions": questions})
+    a = write_json("mscoco_train2014_annotations.json", {"annotations": answers})
+    report, built, _ = run("okvqa", [a], questions=[str(q)])
+    assert [r["messages"][1]["content"] for r in built] == ["pony tail", "taxi", "sky", "race"]
+    assert report["repaired"] == {"stemming_mended": 2}
+
+
 def test_tdiuc_pictures_of_visual_genome(root, run, write_json, picture):
     picture(root / "train2014" / "COCO_train2014_000000000009.jpg", 1)
     picture(root / "vg" / "VG_100K_2" / "2392588.jpg", 2)
