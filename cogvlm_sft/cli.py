@@ -82,17 +82,51 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
+    if arguments.web:
+        from cogvlm_sft.chat.web import open_page
+
+        open_page(
+            arguments.checkpoint,
+            compare=arguments.compare,
+            host=arguments.host,
+            port=arguments.port or 7860,
+            tokenizer=arguments.tokenizer,
+        )
+        return 0
+    if arguments.serve:
+        from cogvlm_sft.chat.serve import serve
+
+        serve(
+            arguments.checkpoint,
+            host=arguments.host,
+            port=arguments.port or 8000,
+            tokenizer=arguments.tokenizer,
+        )
+        return 0
+    from cogvlm_sft.chat.session import Decoding
     from cogvlm_sft.chat.terminal import ask, chat_loop
 
+    decoding = Decoding(max_new_tokens=arguments.max_new_tokens)
     if arguments.question is None:
-        chat_loop(arguments.checkpoint, image=arguments.image, style=arguments.style)
+        chat_loop(
+            arguments.checkpoint,
+            image=arguments.image,
+            style=arguments.style,
+            decoding=decoding,
+            tokenizer=arguments.tokenizer,
+            as_json=arguments.json,
+        )
         return 0
-    answer = ask(arguments.checkpoint, arguments.image, arguments.question, style=arguments.style)
-    if arguments.json:
-        image = str(arguments.image) if arguments.image else None
-        record = {"image": image, "question": arguments.question, "answer": answer}
-        answer = json.dumps(record, ensure_ascii=False)
-    print(answer)
+    record = ask(
+        arguments.checkpoint,
+        arguments.image,
+        arguments.question,
+        style=arguments.style,
+        decoding=decoding,
+        tokenizer=arguments.tokenizer,
+        draw=arguments.draw,
+    )
+    print(json.dumps(record, ensure_ascii=False) if arguments.json else record["answer"])
     return 0
 
 
@@ -305,7 +339,36 @@ def _parser() -> argparse.ArgumentParser:
         choices=("chat", "vqa", "base", "text"),
         help="prompt template; the checkpoint's own by default",
     )
-    chat.add_argument("--json", action="store_true", help="with --question: print a JSON object")
+    chat.add_argument("--json", action="store_true", help="print each answer as a JSON object")
+    chat.add_argument(
+        "--draw",
+        type=Path,
+        metavar="FILE",
+        help="with --question: write the picture with the answer's boxes",
+    )
+    chat.add_argument(
+        "--max-new-tokens", type=_positive, default=256, metavar="N", help="default 256"
+    )
+    chat.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="where the checkpoint holds none"
+    )
+    place = chat.add_mutually_exclusive_group()
+    place.add_argument("--web", action="store_true", help="a page in the browser")
+    place.add_argument("--serve", action="store_true", help="an OpenAI-compatible server")
+    chat.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="with --web: further checkpoints beside the run's base and snapshots",
+    )
+    chat.add_argument(
+        "--host", default="127.0.0.1", help="with --web or --serve; this machine alone by default"
+    )
+    chat.add_argument(
+        "--port", type=_positive, metavar="N", help="default 7860 with --web, 8000 with --serve"
+    )
 
     _add_checkpoint(commands)
     _add_data(commands)
@@ -494,6 +557,13 @@ def _add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "cogvlm-sft recipe check my_chat.yaml",
     )
     _recipe_arguments(check)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
 
 
 def _add(

@@ -1,95 +1,28 @@
 """Talking to a checkpoint in a terminal, and asking it one question.
 
-The loop keeps the conversation in the released template and sends it whole with each question.
-Notable choices: a mistake inside the loop (a missing picture) is one line and the loop goes on; a
-new picture begins a new conversation, because the model has seen one picture a conversation in its
-alignment; nothing is read from the terminal but lines, so that the loop works in a pipe too.
+Notable choices: answers are shown while they are made; a mistake inside the loop (a missing
+picture) is one line and the loop goes on; Ctrl-C breaks off an answer, not the loop; nothing is
+read from the terminal but lines, so that the loop works in a pipe too.
 """
 
+import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from PIL import Image
-
-from cogvlm_sft.checkpoint.load import load_model, load_processor
+from cogvlm_sft.chat.limits import check_question, read_upload
+from cogvlm_sft.chat.session import Chat, Decoding, open_chat
 from cogvlm_sft.errors import CogVLMSFTError, DataError
-from cogvlm_sft.evaluation.generate import Request, generate_answers, open_picture
-from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
+from cogvlm_sft.evaluation.drawing import PREDICTED, draw_boxes
+from cogvlm_sft.evaluation.metrics.boxes import parse_boxes
 
-HELP = "/image PATH shows a picture, /reset forgets the conversation, /quit ends; else: a question"
+HELP = (
+    "/image PATH shows a picture, /draw PATH writes it with the last answer's boxes, "
+    "/reset forgets the conversation, /quit ends; else: a question"
+)
 
-
-@dataclass(slots=True)
-class Chat:
-    """A conversation with a loaded model.
-
-    Attributes:
-        model, processor: Of one checkpoint.
-        style: Prompt template; None takes the checkpoint's own.
-        max_new_tokens: Longest answer.
-        picture: What the conversation is about, or None.
-        history: (question, answer) pairs so far.
-    """
-
-    model: CogVLMForCausalLM
-    processor: CogVLMProcessor
-    style: str | None = None
-    max_new_tokens: int = 256
-    picture: Image.Image | None = None
-    history: list[tuple[str, str]] = field(default_factory=list)
-
-    def show(self, path: Path | str) -> None:
-        """Begins a new conversation about a picture.
-
-        Raises:
-            DataError: There is no such picture; the conversation goes on as it was.
-        """
-        self.picture = open_picture(path)
-        self.history.clear()
-
-    def reset(self) -> None:
-        """Forgets the conversation and the picture."""
-        self.picture = None
-        self.history.clear()
-
-    def say(self, question: str) -> str:
-        """Asks, and remembers the round.
-
-        Raises:
-            DataError: The question is empty.
-        """
-        if not question.strip():
-            raise DataError("the question is empty; expected some text")
-        request = Request(
-            images=() if self.picture is None else (self.picture,),
-            question=question.strip(),
-            style=self.style,
-            history=tuple(self.history),
-        )
-        answer = generate_answers(
-            self.model, self.processor, [request], max_new_tokens=self.max_new_tokens
-        )[0]
-        self.history.append((question.strip(), answer))
-        return answer
-
-
-def open_chat(
-    checkpoint: Path | str,
-    *,
-    style: str | None = None,
-    max_new_tokens: int = 256,
-    dtype: str = "float32",
-) -> Chat:
-    """Loads a checkpoint to talk to.
-
-    Raises:
-        CheckpointError: The folder is missing or is not a whole checkpoint.
-    """
-    model = load_model(checkpoint, dtype=dtype)
-    return Chat(model, load_processor(checkpoint), style=style, max_new_tokens=max_new_tokens)
+Write = Callable[[str], None]
 
 
 def ask(
@@ -98,22 +31,38 @@ def ask(
     question: str,
     *,
     style: str | None = None,
-    max_new_tokens: int = 256,
-) -> str:
+    decoding: Decoding | None = None,
+    tokenizer: Path | str | None = None,
+    draw: Path | None = None,
+) -> dict[str, Any]:
     """One question, one answer.
 
-    The picture is opened before the weights are loaded: a wrong path is said at once.
+    Everything that can be wrong is looked at before the weights are loaded.
+
+    Args:
+        checkpoint: Checkpoint or adapter folder.
+        image: A picture file, or None for a question about nothing but text.
+        question: What is asked.
+        style, decoding, tokenizer: As in `open_chat`.
+        draw: Where to write the picture with the answer's boxes; nothing is written without boxes.
+
+    Returns:
+        image, question, answer, and boxes: lists of four thousandths of the picture's sides.
 
     Raises:
-        DataError: The picture or the question is not usable.
+        DataError: The picture, the question or the file to draw is not usable.
         CheckpointError: The folder is missing or is not a whole checkpoint.
     """
-    if not question.strip():
-        raise DataError("the question is empty; expected some text")
-    picture = None if image is None else open_picture(image)
-    chat = open_chat(checkpoint, style=style, max_new_tokens=max_new_tokens)
+    asked = check_question(question)
+    picture = None if image is None else read_upload(Path(image))
+    if draw is not None and picture is None:
+        raise DataError("--draw needs a picture to draw on; give --image")
+    chat = open_chat(checkpoint, style=style, decoding=decoding, tokenizer=tokenizer)
     chat.picture = picture
-    return chat.say(question)
+    record = _record(chat, asked, chat.say(asked), image)
+    if draw is not None and record["boxes"]:
+        draw_last_answer(chat, draw)
+    return record
 
 
 def chat_loop(
@@ -121,33 +70,42 @@ def chat_loop(
     *,
     image: Path | str | None = None,
     style: str | None = None,
-    max_new_tokens: int = 256,
+    decoding: Decoding | None = None,
+    tokenizer: Path | str | None = None,
+    as_json: bool = False,
 ) -> None:
     """Talks until `/quit` or the end of the input.
+
+    Args:
+        as_json: One JSON object for each answer in place of its text.
 
     Raises:
         DataError: The first picture is not usable.
         CheckpointError: The folder is missing or is not a whole checkpoint.
     """
-    picture = None if image is None else open_picture(image)
-    chat = open_chat(checkpoint, style=style, max_new_tokens=max_new_tokens)
+    picture = None if image is None else read_upload(Path(image))
+    chat = open_chat(checkpoint, style=style, decoding=decoding, tokenizer=tokenizer)
     chat.picture = picture
-    run_loop(chat, sys.stdin, print, prompt="> " if sys.stdin.isatty() else "")
+    prompt = "> " if sys.stdin.isatty() else ""
+    run_loop(chat, sys.stdin, _print_now, prompt=prompt, as_json=as_json)
 
 
-def run_loop(chat: Chat, lines: TextIO, write: Callable[[str], None], *, prompt: str = "") -> None:
+def run_loop(
+    chat: Chat, lines: TextIO, write: Write, *, prompt: str = "", as_json: bool = False
+) -> None:
     """The loop itself, over any lines.
 
     Args:
         chat: The conversation.
         lines: Where the user's lines come from.
-        write: Gets each line of output.
-        prompt: Shown before each line is read; empty in a pipe.
+        write: Gets the output in pieces, line ends included.
+        prompt: Written before each line is read; empty in a pipe.
+        as_json: One JSON object for each answer in place of its text.
     """
-    write(HELP)
+    if not as_json:
+        write(HELP + "\n")
     while True:
-        if prompt:
-            print(prompt, end="", flush=True)
+        write(prompt)
         line = lines.readline()
         if not line:
             return
@@ -157,19 +115,63 @@ def run_loop(chat: Chat, lines: TextIO, write: Callable[[str], None], *, prompt:
         if text == "/quit":
             return
         try:
-            write(_respond(chat, text))
+            for piece in _respond(chat, text, as_json):
+                write(piece)
+            write("\n")
         except CogVLMSFTError as error:
-            write(f"error: {error}")
+            write(f"error: {error}\n")
+        except KeyboardInterrupt:
+            write("\n(broken off; this question is forgotten)\n")
 
 
-def _respond(chat: Chat, text: str) -> str:
+def draw_last_answer(chat: Chat, path: Path) -> Path:
+    """Writes the picture with the boxes of the last answer.
+
+    Raises:
+        DataError: There is no picture, no answer or no box, or the file cannot be written.
+    """
+    if chat.picture is None or not chat.history:
+        raise DataError("there is nothing to draw yet; show a picture and ask where something is")
+    boxes = parse_boxes(chat.history[-1][1])
+    if not boxes:
+        raise DataError(f"the last answer holds no box [[x0,y0,x1,y1]]: {chat.history[-1][1]!r}")
+    try:
+        draw_boxes(chat.picture, [(box, PREDICTED, "") for box in boxes]).save(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be written ({error}); give a path that ends in .png or .jpg"
+        ) from None
+    return path
+
+
+def _respond(chat: Chat, text: str, as_json: bool) -> Iterator[str]:
     if not text.startswith("/"):
-        return chat.say(text)
+        if as_json:
+            answer = chat.say(text)
+            yield json.dumps(_record(chat, text, answer, None), ensure_ascii=False)
+        else:
+            yield from chat.answer(text)
+            if parse_boxes(chat.history[-1][1]) and chat.picture is not None:
+                yield "\n(boxes: /draw PATH writes the picture with them)"
+        return
     command, _, rest = text.partition(" ")
     if command == "/image" and rest.strip():
         chat.show(rest.strip())
-        return f"looking at {rest.strip()}; the conversation begins anew"
-    if command == "/reset":
+        yield f"looking at {rest.strip()}; the conversation begins anew"
+    elif command == "/draw" and rest.strip():
+        yield f"written to {draw_last_answer(chat, Path(rest.strip()))}"
+    elif command == "/reset":
         chat.reset()
-        return "forgotten"
-    raise DataError(f"unknown command {text!r}; {HELP}")
+        yield "forgotten"
+    else:
+        raise DataError(f"unknown command {text!r}; {HELP}")
+
+
+def _record(chat: Chat, question: str, answer: str, image: Path | str | None) -> dict[str, Any]:
+    boxes = parse_boxes(answer) if chat.picture is not None else []
+    record = {"question": question, "answer": answer, "boxes": [list(box) for box in boxes]}
+    return {"image": str(image), **record} if image is not None else record
+
+
+def _print_now(text: str) -> None:
+    print(text, end="", flush=True)

@@ -10,24 +10,36 @@ from cogvlm_sft.evaluation.metrics.boxes import Box, to_pixels
 PREDICTED, TRUE = "#e4572e", "#17bebb"
 
 
-def draw_boxes(
-    picture: Image.Image, boxes: Sequence[tuple[Box, str, str]], *, longest_side: int | None = None
-) -> Image.Image:
+def for_screen(picture: Image.Image, longest_side: int) -> Image.Image:
+    """A copy that a person can see: large ones scaled down, tiny ones up without smoothing.
+
+    Args:
+        picture: Any size; it is not changed.
+        longest_side: At most this many pixels, and at least half as many.
+    """
+    longest = max(picture.size)
+    if longest > longest_side:
+        shown = picture.copy()
+        shown.thumbnail((longest_side, longest_side))
+        return shown
+    factor = max(1, longest_side // longest)
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def draw_boxes(picture: Image.Image, boxes: Sequence[tuple[Box, str, str]]) -> Image.Image:
     """A copy of a picture with boxes on it.
 
     Args:
         picture: Any size; it is not changed.
         boxes: (box in thousandths, colour, label) of each; an empty label writes none.
-        longest_side: Shrink the copy to at most this many pixels first.
     """
     drawn = picture.convert("RGB")
-    if longest_side is not None and max(drawn.size) > longest_side:
-        drawn.thumbnail((longest_side, longest_side))
-    elif drawn is picture:
+    if drawn is picture:
         drawn = drawn.copy()
     canvas = ImageDraw.Draw(drawn)
     width, height = drawn.size
-    line = max(2, round(min(width, height) / 150))
+    line = max(2, round(min(width, height) / 100))
     for box, colour, label in boxes:
         x0, y0, x1, y1 = to_pixels(box, width, height)
         # An outline outside the picture would be cut off.

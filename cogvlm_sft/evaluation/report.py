@@ -17,7 +17,7 @@ from PIL import Image
 
 from cogvlm_sft.data.pictures import read_picture
 from cogvlm_sft.errors import DataError
-from cogvlm_sft.evaluation.drawing import PREDICTED, TRUE, draw_boxes
+from cogvlm_sft.evaluation.drawing import PREDICTED, TRUE, draw_boxes, for_screen
 from cogvlm_sft.evaluation.metrics.boxes import parse_boxes
 from cogvlm_sft.evaluation.predictions import write_text
 
@@ -142,7 +142,7 @@ def _case(row: dict[str, Any]) -> str:
         except DataError:
             pictures.append("<p><small>the picture is no longer there</small></p>")
             continue
-        shown = draw_boxes(_enlarged(picture), boxes, longest_side=_SIDE)
+        shown = draw_boxes(for_screen(picture, _SIDE), boxes)
         pictures.append(f'<img alt="" src="{_data_url(shown)}">')
     asked = html.escape(row["question"]) or "<i>no words</i>"
     said = html.escape(row["prediction"]) or "<i>nothing</i>"
@@ -151,15 +151,6 @@ def _case(row: dict[str, Any]) -> str:
         f"<div class=model>model: {said}</div><div class=truth>true: {html.escape(row['answer'])}"
         f"</div><small>{html.escape(row['id'])}, score {row['score']:.2f}</small></div>"
     )
-
-
-def _enlarged(picture: Image.Image) -> Image.Image:
-    """A picture that a person can see: tiny ones are blown up without smoothing."""
-    factor = 160 // max(picture.size)
-    if factor < 2:
-        return picture
-    size = (picture.width * factor, picture.height * factor)
-    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def _data_url(picture: Image.Image) -> str:

@@ -3,12 +3,10 @@
 A phrase is asked for with a sentence of the released grounding templates in the `base` template. A
 hit is IoU strictly above one half between the true box and the smallest box around all boxes of
 the answer, both in pixels of the picture (THUDM/CogVLM issue 127); an answer without a box is
-wrong. The denominator is the number of sentences. `refs(*).p` are pickles: they are read by an
-unpickler that makes plain lists, dictionaries, strings and numbers only.
+wrong. The denominator is the number of sentences. `refs(*).p` are pickles and are read without
+running any code.
 """
 
-import io
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,35 +34,9 @@ from cogvlm_sft.evaluation.tasks.task import (
     load_json,
     one_file,
 )
+from data_builders.pickles import read_pickle
 
 _IOU = 0.5
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers; refuses every class and function."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise DataError(f"the pickle asks for {module}.{name}, which could run code; refused")
-
-
-def read_refs(path: Path) -> list[dict[str, Any]]:
-    """The references of a RefCOCO file, pickled or as JSON.
-
-    Raises:
-        DataError: The file is missing, damaged, or asks for classes.
-    """
-    if path.suffix == ".json":
-        return list(load_json(path))
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return list(_PlainUnpickler(io.BytesIO(data), encoding="latin-1").load())
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise DataError(f"{path}: cannot be read as a pickle: {error}") from None
 
 
 def _refcoco(paths: Sequence[Path], images: Path) -> list[Question]:
@@ -74,7 +46,8 @@ def _refcoco(paths: Sequence[Path], images: Path) -> list[Question]:
     instances_path = next((path for path in paths if "instances" in path.name), None)
     if instances_path is None:
         raise DataError(f"no instances.json among {', '.join(path.name for path in paths)}")
-    refs = read_refs(next(path for path in paths if path != instances_path))
+    refs_path = next(path for path in paths if path != instances_path)
+    refs = load_json(refs_path) if refs_path.suffix == ".json" else read_pickle(refs_path)
     instances = load_json(instances_path)
     boxes = {row["id"]: row["bbox"] for row in field_of(instances, "annotations", "instances.json")}
     sizes = {row["id"]: row for row in field_of(instances, "images", "instances.json")}

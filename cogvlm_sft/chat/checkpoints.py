@@ -1,0 +1,47 @@
+"""Which checkpoints belong to a run: its result, the base it began from, its snapshots.
+
+Side by side they show what alignment changed. The base is what the run's own `recipe.yaml` names.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from cogvlm_sft.training.snapshots import snapshot_step, snapshots
+
+RUN = "run"
+
+
+def related_checkpoints(folder: Path, further: Sequence[Path] = ()) -> dict[str, Path]:
+    """Label and folder of each checkpoint to choose from, the run itself first.
+
+    Args:
+        folder: A run's output folder, or any checkpoint folder.
+        further: Others, labelled by their folder's name.
+    """
+    found = {RUN: folder}
+    if (base := _base(folder)) is not None:
+        found["base"] = base
+    for snapshot in snapshots(folder):
+        found[f"step {snapshot_step(snapshot)}"] = snapshot
+    for other in further:
+        label, number = other.name, 2
+        while label in found:
+            label, number = f"{other.name} ({number})", number + 1
+        found[label] = other
+    return found
+
+
+def _base(folder: Path) -> Path | None:
+    """The checkpoint that the run's recipe began from, where it is still there."""
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file():
+        return None
+    tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    named = tree.get("model", {}).get("checkpoint") if isinstance(tree, dict) else None
+    if not isinstance(named, str):
+        return None
+    # Recipes name paths relative to where the training was started, which may be elsewhere now.
+    places = [Path(named), *(parent / named for parent in folder.resolve().parents)]
+    return next((place for place in places if (place / "config.json").is_file()), None)

@@ -1,0 +1,156 @@
+"""transformers' own OpenAI-compatible server with a CogVLM in it.
+
+`transformers serve` finds classes in its own name space only, so the bare command cannot load a
+CogVLM. Here its server is put together in this process around our loader (which reads adapters
+too), and the class is entered in the table that tells the server which models see pictures.
+Notable choices: a picture comes as bytes in a `data:` address and under the limits of the page;
+the server opens no file and no address that a client names (the stock one would do both). A
+temperature above 0 samples, as clients expect. Requests are answered one after the other.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from cogvlm_sft.chat.limits import check_question, read_data_url
+from cogvlm_sft.chat.session import open_chat
+from cogvlm_sft.errors import CogVLMSFTError, DataError
+
+_INSTALL = "pip install 'cogvlm-sft[serve]'"
+
+
+def build_app(checkpoint: Path, *, name: str = "cogvlm", tokenizer: Path | None = None) -> Any:
+    """The server's application, its model loaded.
+
+    Args:
+        checkpoint: Checkpoint or adapter folder.
+        name: What clients call the model.
+        tokenizer: Tokenizer folder, where the checkpoint holds none.
+
+    Returns:
+        A FastAPI application with /v1/chat/completions, /v1/completions, /v1/responses,
+        /v1/models and /health.
+
+    Raises:
+        DataError: The server's packages are missing.
+        CheckpointError: The folder is missing or is not a whole checkpoint.
+    """
+    try:
+        import fastapi
+        import openai  # noqa: F401 - transformers' server needs its types
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise DataError(f"--serve needs {error.name}: {_INSTALL}") from None
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.response import ResponseHandler
+    from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.systemone import SystemOneHandler
+    from transformers.cli.serving.transcription import TranscriptionHandler
+    from transformers.cli.serving.utils import GenerationState
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["cogvlm"] = "CogVLMForCausalLM"
+    chat = open_chat(checkpoint, tokenizer=tokenizer)
+
+    class Manager(ModelManager):
+        """Knows one model, and loads nothing that a client names."""
+
+        def _load_processor(self, model_id_and_revision: str, **_: Any) -> Any:
+            return chat.processor
+
+        def _load_model(self, model_id_and_revision: str, **_: Any) -> Any:
+            return chat.model
+
+        def load_model_and_processor(
+            self, model_id_and_revision: str, *arguments: Any, **options: Any
+        ) -> Any:
+            wanted = model_id_and_revision.removesuffix("@main")
+            if wanted != name:
+                raise fastapi.HTTPException(404, f"no model {wanted!r}; this server has {name!r}")
+            return super().load_model_and_processor(model_id_and_revision, *arguments, **options)
+
+        def get_gen_models(self) -> list[dict[str, Any]]:
+            return [{"id": name, "object": "model", "created": 0, "owned_by": "cogvlm-sft"}]
+
+        def shutdown(self) -> None:
+            """Keeps the model: /reset is a client's call."""
+
+    class Pictures:
+        """Reads messages under our limits, and samples where a temperature is given."""
+
+        @staticmethod
+        def get_processor_inputs_from_messages(
+            messages: list[dict[str, Any]], modality: Any
+        ) -> list[dict[str, Any]]:
+            return [_message(message) for message in messages]
+
+        def _build_generation_config(self, body: dict[str, Any], *rest: Any, **options: Any) -> Any:
+            config = super()._build_generation_config(body, *rest, **options)  # type: ignore[misc]
+            if (body.get("temperature") or 0) > 0:
+                config.do_sample = True
+            return config
+
+    class Chats(Pictures, ChatCompletionHandler):
+        pass
+
+    class Responses(Pictures, ResponseHandler):
+        pass
+
+    manager = Manager(force_model=name, device=str(chat.model.device))
+    state = GenerationState()
+    app = build_server(
+        manager,
+        Chats(manager, state),
+        completion_handler=CompletionHandler(manager, state),
+        response_handler=Responses(manager, state),
+        transcription_handler=TranscriptionHandler(manager, state),
+        systemone_handler=SystemOneHandler(manager, state),
+        generation_state=state,
+    )
+
+    @app.exception_handler(CogVLMSFTError)
+    async def _refuse(_: Any, error: CogVLMSFTError) -> Any:
+        message = {"message": str(error), "type": "invalid_request_error"}
+        return fastapi.responses.JSONResponse({"error": message}, status_code=400)
+
+    return app
+
+
+def serve(
+    checkpoint: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    tokenizer: Path | None = None,
+) -> None:
+    """Serves until Ctrl-C; as `build_app`."""
+    app = build_app(checkpoint, tokenizer=tokenizer)
+    import uvicorn
+
+    print(f"OpenAI-compatible server: http://{host}:{port}/v1, model 'cogvlm' (Ctrl-C ends it)")
+    uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """One message of a client in the processor's form.
+
+    Raises:
+        DataError: A part is neither text nor picture, or is refused by `limits`.
+    """
+    content = message.get("content") or ""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    role = str(message.get("role"))
+    read: list[dict[str, Any]] = []
+    for part in parts:
+        kind = part.get("type")
+        if kind in ("text", "input_text", "output_text"):
+            text = str(part.get("text", ""))
+            read.append({"type": "text", "text": check_question(text) if role == "user" else text})
+        elif kind in ("image_url", "input_image"):
+            url = part.get("image_url", "")
+            url = url.get("url", "") if isinstance(url, dict) else url
+            read.append({"type": "image", "image": read_data_url(str(url))})
+        else:
+            raise DataError(f"a message holds a part of type {kind!r}; expected text or image_url")
+    return {"role": role, "content": read}

@@ -1,0 +1,108 @@
+"""The server, asked by the official `openai` client over HTTP."""
+
+import base64
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cogvlm_sft.checkpoint.load import load_model, load_processor
+from cogvlm_sft.evaluation.generate import Request, generate_answers
+
+openai = pytest.importorskip("openai", reason="needs the extra `serve`")
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint: Path) -> Iterator[Any]:
+    from cogvlm_sft.chat.serve import build_app
+
+    config = uvicorn.Config(build_app(checkpoint), port=0, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as opened:
+        yield opened.with_options(max_retries=0)
+    server.should_exit = True
+    thread.join(20)
+
+
+def _asked(picture: Path | None, question: str) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
+    if picture is not None:
+        content = base64.b64encode(picture.read_bytes()).decode()
+        url = f"data:image/png;base64,{content}"
+        parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    return [{"role": "user", "content": parts}]
+
+
+def test_a_question_about_a_picture(client: Any, checkpoint: Path, picture: Path) -> None:
+    reply = client.chat.completions.create(
+        model="cogvlm", messages=_asked(picture, "What digit is this?"), max_tokens=12
+    )
+    with Image.open(picture) as opened:
+        request = Request((opened.convert("RGB"),), "What digit is this?")
+    model, processor = load_model(checkpoint), load_processor(checkpoint)
+    own = generate_answers(model, processor, [request], max_new_tokens=12)[0]
+    assert reply.choices[0].message.content.strip() == own
+    assert reply.usage.prompt_tokens > processor.num_image_tokens
+
+
+def test_the_picture_changes_the_answer_and_a_stream_says_the_same(
+    client: Any, picture: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.png"
+    Image.effect_noise((30, 30), 80).convert("RGB").save(other)
+    said = []
+    for path in (picture, other):
+        options = {"model": "cogvlm", "messages": _asked(path, "7"), "max_tokens": 16}
+        whole = client.chat.completions.create(**options).choices[0].message.content
+        pieces = client.chat.completions.create(**options, stream=True)
+        assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == whole
+        said.append(whole)
+    assert said[0] != said[1]
+
+
+def test_history_and_models(client: Any, picture: Path) -> None:
+    messages = _asked(picture, "What digit is this?")
+    messages += [{"role": "assistant", "content": "7"}, {"role": "user", "content": "Sure?"}]
+    reply = client.chat.completions.create(model="cogvlm", messages=messages, max_tokens=4)
+    assert reply.choices[0].finish_reason in ("stop", "length")
+    assert [model.id for model in client.models.list()] == ["cogvlm"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": "a <image> here"}], "holds <image>"),
+        ([{"role": "system", "content": "be nice"}, {"role": "user", "content": "7"}], "'system'"),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
+                }
+            ],
+            "opens no files",
+        ),
+        ([{"role": "user", "content": "x" * 2**20}], "expected at most 8,000"),
+    ],
+)
+def test_refusals_are_said_and_the_server_goes_on(
+    client: Any, messages: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.chat.completions.create(model="cogvlm", messages=messages, max_tokens=2)
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="gpt2", messages=[], max_tokens=2)
+    reply = client.chat.completions.create(
+        model="cogvlm", messages=_asked(None, "7?"), max_tokens=2
+    )
+    assert reply.choices

@@ -1,0 +1,217 @@
+"""The page in a real browser: pictures and questions go in, answers and boxes come out.
+
+The hostile part hands in what people and programs do: each is answered with one line, and the page
+goes on working.
+"""
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+from cogvlm_sft.chat.checkpoints import related_checkpoints
+from cogvlm_sft.chat.session import Chat, Decoding
+from cogvlm_sft.errors import CheckpointError
+
+from .test_limits import huge_png
+
+pytest.importorskip("gradio", reason="needs the extra `web`")
+
+# Gradio's queue, in a thread of its own, uses options that pandas 3 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*downcasting")
+
+_REAL_ANSWER = Chat.answer
+
+
+def _answer(chat: Chat, question: str) -> Iterator[str]:
+    """The real stream, but for questions that begin with "Where": random weights point nowhere."""
+    if question.startswith("Where"):
+        chat.history.append((question, "there [[100,200,500,900]]"))
+        yield "there "
+        yield "[[100,200,500,900]]"
+    else:
+        chat.decoding = Decoding(max_new_tokens=8)
+        yield from _REAL_ANSWER(chat, question)
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: the checkpoint, and a recipe that names its base."""
+    folder = tmp_path_factory.mktemp("run") / "chat"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "recipe.yaml").write_text(f"model:\n  checkpoint: {checkpoint}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(run: Path) -> Iterator[str]:
+    from cogvlm_sft.chat.web import open_page
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Chat, "answer", _answer)
+    blocks = open_page(run, port=0, block=False)
+    yield blocks.local_url
+    blocks.close()
+    patch.undo()
+
+
+def _open(page: Any, url: str) -> None:
+    page.goto(url)
+    page.wait_for_selector("#ask")
+
+
+def _ask(page: Any, question: str, column: int = 0) -> str:
+    """Asks, waits for the end of the answer, returns it."""
+    bubbles = page.locator(f"#chat-{column} .bot.message, #chat-{column} .message.bot")
+    before = bubbles.count()
+    page.fill("#question textarea", question)
+    page.click("#ask")
+    page.wait_for_function(
+        "([id, count]) => document.querySelectorAll(`${id} .message.bot`).length > count",
+        arg=[f"#chat-{column}", before],
+    )
+    said = ""
+    while not said or said != bubbles.last.inner_text():
+        said = str(bubbles.last.inner_text())
+        page.wait_for_timeout(500)
+    return said
+
+
+def _notice(page: Any) -> str:
+    page.wait_for_selector("#notice", state="visible")
+    return str(page.locator("#notice").inner_text())
+
+
+@pytest.mark.slow
+def test_a_picture_a_question_and_boxes(page: Any, url: str, picture: Path, tmp_path: Path) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    _open(page, url)
+    page.set_input_files("#picture-file input[type=file]", str(picture))
+    page.wait_for_selector("#preview img")
+    assert _ask(page, "What digit is this?")
+    assert not page.locator("#boxes-0 img").is_visible()
+    assert "there [[100,200,500,900]]" in _ask(page, "Where is it?")
+    page.wait_for_selector("#boxes-0 img")
+    assert page.locator("#chat-0 .message.user").count() == 2
+    page.click("#chosen >> text=base")
+    page.wait_for_selector("#chat-1", state="visible")
+    assert _ask(page, "7?", column=1)
+    assert page.locator("#chat-0 .message.user").count() == 3
+    assert page.locator("#chat-1 .message.user").count() == 1
+    page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
+    with Image.open(tmp_path / "page.png") as shot:
+        assert shot.width == 1200
+        assert len(shot.convert("RGB").getcolors(1 << 24) or []) > 50  # not a blank page
+    page.click("#anew")
+    page.wait_for_function("document.querySelectorAll('.message.user').length == 0")
+    outside = [one for one in asked if not one.startswith((url, "data:", "blob:"))]
+    assert not outside, "the page asked another machine"
+
+
+@pytest.mark.slow
+def test_hostile_input_is_refused_in_one_line_and_the_page_goes_on(
+    page: Any, url: str, picture: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "cat.png"
+    text.write_text("I am a cat")
+    _open(page, url)
+    file = "#picture-file input[type=file]"
+    for path, message in (
+        (huge_png(tmp_path / "huge.png"), "expected at most 50 million"),
+        (text, "cat.png is not a picture"),
+    ):
+        page.set_input_files(file, str(path))
+        page.wait_for_function(
+            "text => (document.querySelector('#notice')?.innerText || '').includes(text)",
+            arg=message,
+        )
+        page.wait_for_selector(file, state="attached")
+    for question, message in (
+        ("what <image> is it", "holds <image>"),
+        ("<EOI>", "holds <EOI>"),
+        ("<script>document.title = 'taken'</script> <image>", "holds <image>"),
+        ("a" * 2**20, "expected at most 8,000"),
+        ("   ", "the question is empty"),
+    ):
+        page.fill("#question textarea", question)
+        page.click("#ask")
+        page.wait_for_function(
+            "text => (document.querySelector('#notice')?.innerText || '').includes(text)",
+            arg=message,
+        )
+    assert "taken" not in page.title()
+    page.set_input_files(file, str(picture))
+    page.wait_for_selector("#preview img")
+    assert _ask(page, "What digit is this?")
+    page.wait_for_selector("#notice", state="hidden")
+    assert "<b>bold</b>" in _said_by_user(page, "is <b>bold</b> 7?")
+
+
+def _said_by_user(page: Any, question: str) -> str:
+    _ask(page, question)
+    return str(page.locator("#chat-0 .message.user").last.inner_text())
+
+
+@pytest.mark.slow
+def test_twenty_uploads_at_once_are_answered_and_memory_comes_back(
+    url: str, tmp_path: Path
+) -> None:
+    from gradio_client import Client, handle_file
+
+    Image.radial_gradient("L").resize((2400, 2400)).convert("RGB").save(tmp_path / "large.jpg")
+    client = Client(url, verbose=False)
+
+    def together(count: int) -> float:
+        """Uploads at once; the process's memory afterwards, in MB."""
+        answers: list[Any] = []
+
+        def upload() -> None:
+            handed = handle_file(tmp_path / "large.jpg")
+            answers.append(client.predict(handed, api_name="/on_upload"))
+
+        threads = [threading.Thread(target=upload) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert len(answers) == count
+        gc.collect()
+        return float(psutil.Process().memory_info().rss / 2**20)
+
+    first = together(20)  # threads, their stacks and the allocator's pools are made once
+    grown = together(20) - first
+    assert grown < 40, f"{grown:.0f} MB more after twenty pictures of 17 MB, decoded"
+
+
+def test_it_listens_on_this_machine_alone_unless_told() -> None:
+    from inspect import signature
+
+    from cogvlm_sft.chat.serve import serve
+    from cogvlm_sft.chat.web import open_page
+
+    assert signature(open_page).parameters["host"].default == "127.0.0.1"
+    assert signature(serve).parameters["host"].default == "127.0.0.1"
+
+
+def test_checkpoints_of_a_run(run: Path, checkpoint: Path, tmp_path: Path) -> None:
+    (run / "snapshots/step-00000002").mkdir(parents=True)
+    found = related_checkpoints(run, [checkpoint, tmp_path / "model"])
+    assert list(found) == ["run", "base", "step 2", "model", "model (2)"]
+    assert found["base"] == checkpoint
+    (run / "recipe.yaml").write_text("model: {checkpoint: gone}\n")
+    assert "base" not in related_checkpoints(run)
+
+
+def test_a_wrong_folder_is_said_before_the_page_opens(tmp_path: Path) -> None:
+    from cogvlm_sft.chat.web import build_page
+
+    with pytest.raises(CheckpointError, match="does not exist"):
+        build_page(tmp_path / "none")
