@@ -169,15 +169,16 @@ def _score(checkpoint: Path, split: str) -> dict[str, Any]:
 
     result = evaluate_checkpoint(
         checkpoint,
-        HOME / "data" / f"{split}_digits",
-        HOME / "images",
         "exact_match",
+        [HOME / "data" / f"{split}_digits"],
+        HOME / "images",
         batch_size=32,
-        output=checkpoint / f"predictions_{split}_digits.jsonl",
+        output=checkpoint / "evaluation" / f"{split}_digits",
     )
+    accuracy = result["figures"][0]
     return {
-        "accuracy": round(result["accuracy"], 4),
-        "interval": [round(bound, 4) for bound in result["interval"]],
+        "accuracy": round(accuracy["value"] / 100, 4),
+        "interval": [round(bound / 100, 4) for bound in accuracy["interval"]],
         "count": result["count"],
     }
 
