@@ -1,6 +1,7 @@
-"""Golden figures of the released code (tests/model/golden) and the slow oracle.
+"""Golden figures of the released code and the slow oracle.
 
-`model.safetensors` and `config.json` are a CogVLM of 2 + 3 layers with random weights in the
+`golden/` is CogVLM, `golden_v2/` CogVLM2 (grouped-query attention, bias on the vision QKV, RoPE
+base 500000, stride-2 convolution); a test that asks for `golden` runs on both. `model.safetensors` and `config.json` are a CogVLM of 2 + 3 layers with random weights in the
 released layout; `cases.safetensors` holds inputs (integers as int16), every eighth column of the
 logits, and greedily generated tokens; `cases.json` losses, gradient norms and five AdamW steps.
 All were computed in fp32 with the released model code.
@@ -19,17 +20,17 @@ from safetensors.torch import load_file
 
 from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM
 
-GOLDEN = Path(__file__).parent / "golden"
+HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    return GOLDEN
+@pytest.fixture(scope="session", params=["golden", "golden_v2"])
+def golden(request: pytest.FixtureRequest) -> Path:
+    return HERE / request.param
 
 
 @pytest.fixture(scope="session")
 def oracle() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("oracle", Path(__file__).parent / "oracle.py")
+    spec = importlib.util.spec_from_file_location("oracle", HERE / "oracle.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -37,10 +38,10 @@ def oracle() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def cases() -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+def cases(golden: Path) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
     """case -> {"in" | "out"} -> name -> tensor."""
     found: dict = {}
-    for key, tensor in load_file(GOLDEN / "cases.safetensors").items():
+    for key, tensor in load_file(golden / "cases.safetensors").items():
         side, case, name = key.split("/")
         if tensor.dtype == torch.int16:
             tensor = tensor.long()
@@ -49,13 +50,13 @@ def cases() -> dict[str, dict[str, dict[str, torch.Tensor]]]:
 
 
 @pytest.fixture(scope="session")
-def figures() -> dict:
-    return json.loads((GOLDEN / "cases.json").read_text())
+def figures(golden: Path) -> dict:
+    return json.loads((golden / "cases.json").read_text())
 
 
 @pytest.fixture
-def model() -> CogVLMForCausalLM:
-    return CogVLMForCausalLM.from_pretrained(GOLDEN)
+def model(golden: Path) -> CogVLMForCausalLM:
+    return CogVLMForCausalLM.from_pretrained(golden)
 
 
 @pytest.fixture
