@@ -146,6 +146,21 @@ def _checkpoint_compose(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _checkpoint_convert(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.checkpoint.sat import convert_sat
+
+    out = convert_sat(
+        arguments.sat,
+        arguments.out,
+        tokenizer=arguments.tokenizer,
+        template=arguments.template,
+        dtype=arguments.dtype,
+        lora_alpha=arguments.lora_alpha,
+    )
+    print(f"checkpoint: {out}")
+    return 0
+
+
 def _data_sources(arguments: argparse.Namespace) -> int:
     from data_builders.catalogue import list_sources
 
@@ -434,6 +449,34 @@ def _add_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
     merge.add_argument(
         "--base", type=Path, metavar="DIR", help="whole checkpoint; default: what the adapter names"
+    )
+
+    convert = _add(
+        kinds,
+        "convert",
+        _checkpoint_convert,
+        "a SAT checkpoint (mp_rank_NN_model_states.pt) to the released layout",
+        "cogvlm-sft checkpoint convert checkpoints/cogvlm-chat-sat --out checkpoints/cogvlm-chat "
+        "--tokenizer checkpoints/vicuna-7b-v1.5",
+    )
+    convert.add_argument("sat", type=Path, metavar="SAT_DIR", help="the checkpoint, or one step")
+    convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    convert.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="tokenizer to put beside the weights"
+    )
+    convert.add_argument(
+        "--template",
+        choices=("chat", "base", "vqa"),
+        default="chat",
+        help="prompt style the weights were trained with, default chat",
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights on the disk; the checkpoint's by default",
+    )
+    convert.add_argument(
+        "--lora-alpha", type=float, default=1.0, metavar="A", help="of LoRA matrices, default 1"
     )
 
 

@@ -236,6 +236,9 @@ def build_processor(
             f"{loaded.name_or_path}: the tokenizer has {len(loaded)} tokens, the model's "
             f"vocab_size is {config.vocab_size}; expected at most that many"
         )
+    if loaded.pad_token is None and config.pad_token_id is not None:
+        # Llama-3's tokenizer names none; CogVLM2's configuration takes a reserved one.
+        loaded.pad_token = loaded.convert_ids_to_tokens(config.pad_token_id)
     return CogVLMProcessor(
         CogVLMImageProcessor.for_config(config), loaded, style=config.template_version
     )

@@ -1,10 +1,11 @@
 """Golden figures of the released code and the slow oracle.
 
 `golden/` is CogVLM, `golden_v2/` CogVLM2 (grouped-query attention, bias on the vision QKV, RoPE
-base 500000, stride-2 convolution); a test that asks for `golden` runs on both. `model.safetensors` and `config.json` are a CogVLM of 2 + 3 layers with random weights in the
-released layout; `cases.safetensors` holds inputs (integers as int16), every eighth column of the
-logits, and greedily generated tokens; `cases.json` losses, gradient norms and five AdamW steps.
-All were computed in fp32 with the released model code.
+base 500000, stride-2 convolution); a test that asks for `golden` runs on both. `model.safetensors`
+and `config.json` are a model of 2 + 3 layers with random weights in the released layout;
+`cases.safetensors` holds inputs (integers as int16), every eighth column of the logits, and
+greedily generated tokens; `cases.json` losses, gradient norms and five AdamW steps. All were
+computed in fp32 with the released model code.
 """
 
 from __future__ import annotations

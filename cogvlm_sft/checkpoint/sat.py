@@ -1,0 +1,395 @@
+"""Checkpoints of the authors' SwissArmyTransformer code, converted to the released layout.
+
+A SAT checkpoint is a folder with `latest`, `model_config.json` and a folder per step that holds one
+file per model-parallel rank (`mp_rank_00_model_states.pt`). Files are read with `weights_only` and
+mapped, not loaded; the mapping is dropped and made anew as the conversion goes on, because pages
+that were read count as the process's memory. LoRA matrices (`original`, `matrix_A`, `matrix_B`) are
+merged rank by rank, as SAT's own merge does; then ranks are joined: columns by rows, QKV by its
+thirds, rows by columns, and what every rank holds whole is taken once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cogvlm_sft.checkpoint.load import (
+    OPTIONAL_SUFFIX,
+    build_processor,
+    expected_shapes,
+    make_config,
+    torch_dtype,
+)
+from cogvlm_sft.checkpoint.staging import staged
+from cogvlm_sft.checkpoint.weights import Planned, check_fit, write_weights
+from cogvlm_sft.errors import CheckpointError
+from cogvlm_sft.model import CogVLMConfig
+from cogvlm_sft.model.modeling_cogvlm import inverse_frequencies
+
+_RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_REMAP_BYTES = 2**30  # mapped pages that may be touched before a file is mapped anew
+
+# SAT's module names to the released ones; {n} is a layer. Facts of the authors' code (`mixin.py`,
+# and the conversion posted in the repository's issue 241).
+_EVA = "mixins.eva.vit_model."
+_NAMES = {
+    "transformer.word_embeddings": "model.embed_tokens",
+    "transformer.final_layernorm": "model.norm",
+    "mixins.lm.lm_head": "lm_head",
+    "transformer.layers.{n}.input_layernorm": "model.layers.{n}.input_layernorm",
+    "transformer.layers.{n}.post_attention_layernorm": "model.layers.{n}.post_attention_layernorm",
+    "transformer.layers.{n}.attention.query_key_value": (
+        "model.layers.{n}.self_attn.language_expert_query_key_value"
+    ),
+    "transformer.layers.{n}.attention.dense": "model.layers.{n}.self_attn.language_expert_dense",
+    "transformer.layers.{n}.mlp.dense_h_to_4h": "model.layers.{n}.mlp.language_mlp.up_proj",
+    "transformer.layers.{n}.mlp.dense_4h_to_h": "model.layers.{n}.mlp.language_mlp.down_proj",
+    "mixins.mlp.gate_proj.{n}": "model.layers.{n}.mlp.language_mlp.gate_proj",
+    "mixins.mlp.vision_dense_h_to_4h_list.{n}": "model.layers.{n}.mlp.vision_mlp.up_proj",
+    "mixins.mlp.vision_dense_4h_to_h_list.{n}": "model.layers.{n}.mlp.vision_mlp.down_proj",
+    "mixins.mlp.vision_gate_proj.{n}": "model.layers.{n}.mlp.vision_mlp.gate_proj",
+    "mixins.rotary.vision_query_key_value_list.{n}": (
+        "model.layers.{n}.self_attn.vision_expert_query_key_value"
+    ),
+    "mixins.rotary.vision_dense_list.{n}": "model.layers.{n}.self_attn.vision_expert_dense",
+    f"{_EVA}mixins.patch_embedding.proj": "model.vision.patch_embedding.proj",
+    f"{_EVA}transformer.position_embeddings": "model.vision.patch_embedding.position_embedding",
+    **{
+        f"{_EVA}transformer.layers.{{n}}.{theirs}": f"model.vision.transformer.layers.{{n}}.{ours}"
+        for theirs, ours in (
+            ("input_layernorm", "input_layernorm"),
+            ("post_attention_layernorm", "post_attention_layernorm"),
+            ("attention.query_key_value", "attention.query_key_value"),
+            ("attention.dense", "attention.dense"),
+            ("mlp.dense_h_to_4h", "mlp.fc1"),
+            ("mlp.dense_4h_to_h", "mlp.fc2"),
+        )
+    },
+    **{
+        f"mixins.eva.linear_proj.{part}": f"model.vision.linear_proj.{part}"
+        for part in ("linear_proj", "norm1", "dense_h_to_4h", "gate_proj", "dense_4h_to_h")
+    },
+}
+# Parameters that belong to no module of the table.
+_SINGLE = {
+    "mixins.eva.boi": "model.vision.boi",
+    "mixins.eva.eoi": "model.vision.eoi",
+    f"{_EVA}transformer.word_embeddings.weight": "model.vision.patch_embedding.cls_embedding",
+}
+_COMPUTED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+_PART = re.compile(r"(?P<module>.+?)\.(?P<kind>original\.weight|original\.bias|weight|bias)")
+_LORA = re.compile(r"(?P<module>.+)\.matrix_[AB]\.\d+")
+
+
+@dataclass
+class _Rank:
+    """One rank's file, mapped; the mapping is renewed as its pages are used up."""
+
+    file: Path
+    state: dict[str, torch.Tensor] = field(init=False)
+    touched: int = 0
+
+    def __post_init__(self) -> None:
+        self.state = _map(self.file)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in memory of its own."""
+        if self.touched > _REMAP_BYTES:
+            self.state = {}
+            self.state, self.touched = _map(self.file), 0
+        tensor = self.state[name]
+        self.touched += tensor.nbytes
+        return tensor.clone()
+
+
+def convert_sat(
+    path: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    template: str = "chat",
+    dtype: str | torch.dtype | None = None,
+    lora_alpha: float = 1.0,
+) -> Path:
+    """Converts a SAT checkpoint of CogVLM.
+
+    Args:
+        path: folder of the checkpoint (the step in `latest` is taken), of one step, or a rank file
+            that is the only one.
+        out: new folder, in the released layout.
+        tokenizer: tokenizer folder to put beside the weights; None leaves it out, as released.
+        template: prompt style the weights were trained with: chat, base or vqa (SAT's --version).
+        dtype: of the weights on the disk; None keeps theirs.
+        lora_alpha: of LoRA matrices; 1 is what SAT's `LoraMixin` has by default. Their rank is
+            seen from their shapes.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: files are missing, damaged or not a CogVLM's, or hold 4-bit weights.
+    """
+    files, described = find_rank_files(path)
+    ranks = [_Rank(file) for file in files]
+    parts = _parts(ranks)
+    config = _config(ranks, parts, described, template)
+    expected = {
+        name: shape
+        for name, shape in expected_shapes(config).items()
+        if not name.endswith(OPTIONAL_SUFFIX)
+    }
+    where = files[0].parent
+    check_fit(where, {name: _joined(name, parts, ranks, expected) for name in parts}, expected)
+    processor = None if tokenizer is None else build_processor(config, tokenizer)
+    kept = torch_dtype(dtype) if dtype else ranks[0].state[parts["lm_head.weight"]].dtype
+    config.dtype = kept
+    config.architectures = ["CogVLMForCausalLM"]
+    with staged(out) as folder:
+        planned = [
+            Planned(
+                name,
+                shape,
+                kept,
+                partial(_read, name, parts[name], ranks, shape, lora_alpha)
+                if name in parts
+                else partial(inverse_frequencies, config),
+            )
+            for name, shape in expected_shapes(config).items()
+        ]
+        write_weights(folder, planned, label="convert")
+        config.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+    return Path(out)
+
+
+def find_rank_files(path: str | Path) -> tuple[list[Path], dict[str, Any]]:
+    """The rank files of a SAT checkpoint, in order, and its model_config.json ({} without one).
+
+    Raises:
+        CheckpointError: there are none, or ranks are missing.
+    """
+    place = Path(path)
+    folder = place if place.is_dir() else place.parent
+    if not place.exists():
+        raise CheckpointError(f"SAT checkpoint {place} does not exist")
+    latest = folder / "latest"
+    step = folder
+    if place.is_dir() and latest.is_file():
+        step = folder / latest.read_text(encoding="utf-8").strip()
+    found = {
+        int(match[1]): file
+        for file in (step.iterdir() if step.is_dir() else ())
+        if (match := _RANK.fullmatch(file.name))
+    }
+    if not found:
+        raise CheckpointError(
+            f"{step} holds no mp_rank_NN_model_states.pt; expected a SAT checkpoint (a folder "
+            "with `latest`, or a step's folder)"
+        )
+    described: dict[str, Any] = {}
+    for file in (folder / "model_config.json", step.parent / "model_config.json"):
+        if file.is_file():
+            try:
+                described = json.loads(file.read_text(encoding="utf-8"))
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
+            break
+    count = max(*found, int(described.get("model_parallel_size", 1)) - 1) + 1 if found else 0
+    missing = [f"mp_rank_{rank:02}_model_states.pt" for rank in range(count) if rank not in found]
+    if missing:
+        raise CheckpointError(
+            f"{step}: {len(missing)} of {count} model-parallel ranks are missing "
+            f"({', '.join(missing[:3])}); fetch them too"
+        )
+    return [found[rank] for rank in sorted(found)], described
+
+
+def _map(file: Path) -> dict[str, torch.Tensor]:
+    """A rank's tensors, mapped from the file.
+
+    Raises:
+        CheckpointError: the file is damaged, holds more than data, or is no SAT checkpoint.
+    """
+    # What training checkpoints hold besides tensors: arguments, and NumPy's random state.
+    harmless: list[Any] = [
+        argparse.Namespace,
+        np.ndarray,
+        np.dtype,
+        np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+        type(np.dtype(np.uint32)),
+    ]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file}: holds Python objects that could run code ({str(error).splitlines()[0]}); "
+            "expected tensors and plain values only"
+        ) from None
+    except (RuntimeError, OSError, ValueError, EOFError) as error:
+        raise CheckpointError(
+            f"{file}: damaged or incomplete ({str(error).splitlines()[0]}); fetch it again"
+        ) from None
+    state = loaded.get("module") if isinstance(loaded, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"{file}: no 'module' in it, which holds the weights of a SAT checkpoint"
+        )
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _parts(ranks: list[_Rank]) -> dict[str, str]:
+    """SAT's name of the (original) tensor of every released name.
+
+    Raises:
+        CheckpointError: a tensor is none of a CogVLM's, is 4-bit, or ranks hold different names.
+    """
+    parts: dict[str, str] = {}
+    for name, tensor in ranks[0].state.items():
+        if _COMPUTED.fullmatch(name) or _LORA.fullmatch(name):
+            continue
+        if tensor.dtype == torch.uint8:
+            raise CheckpointError(
+                f"{ranks[0].file}: {name} is 4-bit; expected 16 or 32 bits (merge the QLoRA run "
+                "with SAT first, or convert the checkpoint it started from)"
+            )
+        ours = _SINGLE.get(name) or _released(name)
+        if ours is None:
+            raise CheckpointError(f"{ranks[0].file}: {name} is no tensor of a CogVLM")
+        parts[ours] = name
+    for rank in ranks[1:]:
+        if differing := ranks[0].state.keys() ^ rank.state.keys():
+            raise CheckpointError(
+                f"{rank.file}: holds other tensors than {ranks[0].file.name} "
+                f"({', '.join(sorted(differing)[:3])}); expected ranks of one checkpoint"
+            )
+    return parts
+
+
+def _released(name: str) -> str | None:
+    """The released name of a weight or bias, by the table."""
+    match = _PART.fullmatch(name)
+    if match is None:
+        return None
+    kind = match["kind"].removeprefix("original.")
+    module = match["module"]
+    layer = re.search(r"(?<=\.)\d+(?=\.|$)", module)
+    table = module if layer is None else f"{module[: layer.start()]}{{n}}{module[layer.end() :]}"
+    ours = _NAMES.get(table)
+    return None if ours is None else f"{ours.format(n=layer[0] if layer else '')}.{kind}"
+
+
+def _joined(
+    name: str, parts: Mapping[str, str], ranks: list[_Rank], expected: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...]:
+    """The shape of a tensor over all ranks; of one rank where it cannot be joined."""
+    shapes = [tuple(rank.state[parts[name]].shape) for rank in ranks]
+    if name.endswith(("boi", "eoi")):
+        shapes = [(1, 1, shape[-1]) for shape in shapes]
+    wanted = expected.get(name)
+    axis = _axis(shapes, wanted) if wanted else None
+    if axis is None:
+        return shapes[0]
+    size = sum(shape[axis] for shape in shapes)
+    return (*shapes[0][:axis], size, *shapes[0][axis + 1 :])
+
+
+def _axis(shapes: list[tuple[int, ...]], wanted: tuple[int, ...]) -> int | None:
+    """The axis along which ranks were split; None where each holds the whole."""
+    if shapes[0] == wanted or len(shapes) == 1:
+        return None
+    return next(
+        (
+            axis
+            for axis in range(len(wanted))
+            if sum(shape[axis] for shape in shapes) == wanted[axis]
+        ),
+        None,
+    )
+
+
+def _read(
+    name: str, theirs: str, ranks: list[_Rank], wanted: tuple[int, ...], lora_alpha: float
+) -> torch.Tensor:
+    """A tensor, its LoRA merged, over all ranks."""
+    tensors = [_merged(rank, theirs, lora_alpha) for rank in ranks]
+    axis = _axis([tuple(tensor.shape) for tensor in tensors], wanted)
+    if axis is None:
+        return tensors[0].reshape(wanted)
+    if "query_key_value" in name:
+        thirds = zip(*(tensor.chunk(3) for tensor in tensors), strict=True)
+        return torch.cat([piece for third in thirds for piece in third])
+    return torch.cat(tensors, dim=axis)
+
+
+def _merged(rank: _Rank, name: str, lora_alpha: float) -> torch.Tensor:
+    """One rank's tensor with its LoRA matrices added, the sum taken in fp32."""
+    tensor = rank.read(name)
+    if not name.endswith(".original.weight"):
+        return tensor
+    module = name.removesuffix(".original.weight")
+    updates = []
+    while f"{module}.matrix_A.{len(updates)}" in rank.state:
+        first = rank.read(f"{module}.matrix_A.{len(updates)}").float()
+        second = rank.read(f"{module}.matrix_B.{len(updates)}").float()
+        updates.append(second @ first * (lora_alpha / first.shape[0]))
+    return (tensor.float() + torch.cat(updates)).to(tensor.dtype) if updates else tensor
+
+
+def _config(
+    ranks: list[_Rank], parts: Mapping[str, str], described: Mapping[str, Any], template: str
+) -> CogVLMConfig:
+    """Sizes from the tensors; head counts, which no tensor shows, from model_config.json.
+
+    Raises:
+        CheckpointError: tensors that sizes are read from are missing.
+    """
+
+    def rows(name: str) -> int:
+        return sum(rank.state[parts[name]].shape[0] for rank in ranks)
+
+    def width(name: str) -> int:
+        return int(ranks[0].state[parts[name]].shape[-1])
+
+    def layers(prefix: str) -> int:
+        pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+        return 1 + max((int(m[1]) for m in map(pattern.match, parts) if m), default=-1)
+
+    tower, vision = "model.vision.transformer.layers.", "model.vision.patch_embedding."
+    eva = described.get("eva_args") or {}
+    try:
+        patch = width(f"{vision}proj.weight")
+        positions = ranks[0].state[parts[f"{vision}position_embedding.weight"]].shape[0]
+        fields = {
+            "vocab_size": rows("model.embed_tokens.weight"),
+            "hidden_size": width("model.norm.weight"),
+            "intermediate_size": rows("model.layers.0.mlp.language_mlp.up_proj.weight"),
+            "num_hidden_layers": layers("model.layers."),
+            "num_attention_heads": described.get("num_attention_heads", 32),
+            "template_version": template,
+            "vision_config": {
+                "hidden_size": width(f"{tower}0.input_layernorm.weight"),
+                "intermediate_size": rows(f"{tower}0.mlp.fc1.weight"),
+                "num_hidden_layers": layers(tower),
+                "num_heads": eva.get("num_attention_heads", 16),
+                "image_size": round((positions - 1) ** 0.5) * patch,
+                "num_positions": positions,
+                "patch_size": patch,
+            },
+        }
+    except KeyError as error:
+        raise CheckpointError(
+            f"{ranks[0].file}: no tensor for {error.args[0]}; expected a SAT checkpoint of CogVLM"
+        ) from None
+    return make_config(fields, where=str(ranks[0].file))
