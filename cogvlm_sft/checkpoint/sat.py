@@ -339,7 +339,7 @@ def _merged(rank: _Rank, name: str, lora_alpha: float) -> torch.Tensor:
     if not name.endswith(".original.weight"):
         return tensor
     module = name.removesuffix(".original.weight")
-    updates = []
+    updates: list[torch.Tensor] = []
     while f"{module}.matrix_A.{len(updates)}" in rank.state:
         first = rank.read(f"{module}.matrix_A.{len(updates)}").float()
         second = rank.read(f"{module}.matrix_B.{len(updates)}").float()
