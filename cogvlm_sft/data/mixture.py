@@ -22,6 +22,7 @@ from cogvlm_sft.conversation import (
     Conversation,
     conversation_files,
     parse_conversation,
+    read_conversations,
     resolve_image,
 )
 from cogvlm_sft.data.encode import EncodeResult, LossOn, encode_conversation
@@ -270,7 +271,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                     where = f"{where} ({conversation.id})"
                     for path in conversation.images:
                         if path not in checked:
-                            check_picture(resolve_image(self.image_root, path, where), where)
+                            self._check_picture(path, where)
                             checked[path] = len(checked)
                     result = self._encode(conversation, where)
                     source.count(result)
@@ -284,6 +285,25 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                         self._leading.append(checked[encoded.images[0]] if leads else -1)
                 offset += len(line)
                 progress.update(len(line))
+
+    def _check_picture(self, path: str, where: str) -> None:
+        try:
+            check_picture(resolve_image(self.image_root, path, where), where)
+        except DataError as error:
+            if (self.image_root / path).is_file():
+                raise
+            raise DataError(f"{error}{self._shortage()}") from None
+
+    def _shortage(self) -> str:
+        """How many pictures are missing in all, where it is more than one."""
+        wanted = {
+            image
+            for path, _ in self.sources
+            for conversation in read_conversations(path)
+            for image in conversation.images
+        }
+        missing = sum(not (self.image_root / image).is_file() for image in wanted)
+        return f" ({missing:,} of {len(wanted):,} pictures are missing)" if missing > 1 else ""
 
     def _encode(self, conversation: Conversation, where: str) -> EncodeResult:
         try:

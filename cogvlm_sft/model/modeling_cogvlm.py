@@ -304,7 +304,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
     ) -> torch.Tensor:
         """Puts the image features over their placeholders, or adds their zero without images."""
         if pixel_values is None:
-            return inputs_embeds + self.vision.without_images().to(inputs_embeds)
+            return inputs_embeds + self.vision(None).to(inputs_embeds)
         features = self.vision(pixel_values).flatten(0, 1).to(inputs_embeds)
         flat = inputs_embeds.flatten(0, 1)
         return flat.index_copy(0, places, features).view_as(inputs_embeds)

@@ -203,18 +203,22 @@ class CogVLMVisionModel(nn.Module):
         self.boi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.eoi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Embeds images.
 
         Args:
-            pixel_values: (images, channels, side, side), normalised as the image processor does.
+            pixel_values: (images, channels, side, side), normalised as the image processor does;
+                None for a batch without pictures, which calls the same modules (DeepSpeed ZeRO-3
+                compares their order between ranks).
 
         Returns:
-            (images, `config.num_image_tokens`, hidden).
+            (images, `config.num_image_tokens`, hidden), or the zero of `without_images`.
 
         Raises:
             ModelInputError: the pictures do not have the configuration's size.
         """
+        if pixel_values is None:
+            return self.without_images()
         vision = self.config.vision_config
         expected = (vision.in_channels, vision.image_size, vision.image_size)
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:

@@ -84,9 +84,17 @@ def check_ready(recipe: Recipe, world_size: int) -> None:
     if recipe.evaluate is not None:
         prompts = recipe.evaluate.prompts
         check("evaluate.prompts", lambda: prompt_requests(prompts, data.image_root))
+    if (devices := torch.cuda.device_count()) > 1 and "WORLD_SIZE" not in os.environ:
+        missing.append(
+            f"{devices} GPUs are seen by one process, which trains on one; start one process a GPU "
+            "(accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m cogvlm_sft.cli "
+            "train …), or name the one to use by CUDA_VISIBLE_DEVICES"
+        )
     service = recipe.train.report_to
     if service != "none" and importlib.util.find_spec(service) is None:
-        missing.append(f"train.report_to: the package {service} is not installed")
+        missing.append(
+            f"train.report_to: the package {service} is not installed; pip install {service}"
+        )
     if config is not None:
         missing += _memory_short(recipe, config, world_size)
     if len(missing) == 1:

@@ -197,3 +197,41 @@ def test_estimate_grows_with_the_micro_batch(make_recipe: MakeRecipe) -> None:
     )
     assert four["activations"] == 4 * one["activations"]
     assert four["optimizer"] == one["optimizer"]
+
+
+def test_a_shortage_of_pictures_is_counted(
+    make_recipe: MakeRecipe, world: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for name in ("00.png", "01.png"):
+        shutil.copy(world / "images" / name, few)
+    with pytest.raises(DataError, match=r"02\.png.*20 of 22 pictures are missing"):
+        train(make_recipe(data__image_root=few))
+
+
+def test_many_gpus_want_a_launcher(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hazard: TRL refuses nn.DataParallel, which transformers takes where it sees several GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(RecipeError, match="8 GPUs are seen by one process"):
+        train(make_recipe())
+
+
+def test_a_sharded_snapshot_wants_its_launcher(make_recipe: MakeRecipe) -> None:
+    """Hazard: transformers ends with a ValueError, after the weights were loaded."""
+    recipe = make_recipe()
+    output = train(recipe).output
+    (output / "config.json").unlink()
+    (output / "snapshots" / "step-00000006" / "pytorch_model_fsdp_0").mkdir()
+    with pytest.raises(RecipeError, match="with FSDP, this one is without"):
+        train(recipe)
+
+
+def test_a_service_that_is_not_installed(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"report_to: .*pip install wandb"):
+        train(make_recipe(train__report_to="wandb"))
