@@ -200,7 +200,10 @@ class TrainSection(Section):
         save_every: steps between snapshots; the last step has one too.
         keep_snapshots: how many of the newest stay on the disk.
         resume: `auto` goes on from the newest complete snapshot in `output`; `never` refuses to.
-        gradient_checkpointing: recompute layers in the backward pass; less memory, more time.
+        gradient_checkpointing: recompute layers in the backward pass: less memory, more time. `mlp`
+            keeps what attention needs and recomputes the MLPs only.
+        compile: let torch.compile make one kernel graph of the decoder layers (GPUs; the first
+            steps take a minute).
         log_every: steps between figures.
         report_to: service that gets the figures besides `metrics.jsonl`.
     """
@@ -223,7 +226,8 @@ class TrainSection(Section):
     save_every: PositiveInt = 500
     keep_snapshots: PositiveInt = 2
     resume: Literal["auto", "never"] = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["mlp"] = False
+    compile: bool = False
     log_every: PositiveInt = 10
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
 

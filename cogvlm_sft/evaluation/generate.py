@@ -1,15 +1,16 @@
 """Answers for many questions: batched, left-padded, sorted by length, in the order asked.
 
 Notable choices: requests are sorted by prompt length before they are cut into batches, so that
-little padding is computed; a picture goes through the vision tower once, with its prompt, and its
-keys and values stay in the cache while the answer grows; an answer ends at EOS and its text is
-stripped. Padding on the left does not change greedy answers.
+little padding is computed, and those about one picture stand together: the picture is computed once
+for all of them in a batch, and its keys and values are handed to each. An answer ends at EOS and
+its text is stripped. Neither padding nor sharing changes greedy answers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -77,16 +78,16 @@ def generate_answers(
         )
         for request in requests
     ]
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]["input_ids"]))
+    order = _in_batches(prompts, [_leading_picture(request) for request in requests])
     sampling = {"temperature": temperature, "top_p": top_p} if do_sample else {}
     answers = [""] * len(requests)
     with evaluation_mode(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            inputs = _batch(processor, [prompts[i] for i in chosen], [requests[i] for i in chosen])
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            if "pixel_values" in inputs:
-                inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+            batch = [prompts[i] for i in chosen], [requests[i] for i in chosen]
+            # Beams would have to take the keys and values along; transformers does not.
+            shared = num_beams == 1 and _shares_pictures(*batch, processor.num_image_tokens)
+            inputs = (_prefilled if shared else _batch)(model, processor, *batch)
             output = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -134,11 +135,97 @@ def open_picture(source: Image.Image | Path | str) -> Image.Image:
 
 
 def _batch(
-    processor: CogVLMProcessor, prompts: list[dict[str, list[int]]], requests: list[Request]
-) -> dict[str, torch.Tensor]:
-    inputs = processor.pad(prompts, side="left")
-    pictures = [open_picture(source) for request in requests for source in request.images]
+    model: CogVLMForCausalLM,
+    processor: CogVLMProcessor,
+    prompts: list[dict[str, list[int]]],
+    requests: list[Request],
+) -> dict[str, Any]:
+    """Inputs of `generate` for prompts with any pictures."""
+    inputs: dict[str, Any] = dict(processor.pad(prompts, side="left"))
+    pictures = [source for request in requests for source in request.images]
     if pictures:
-        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        inputs["pixel_values"] = pixels
-    return inputs
+        inputs["pixel_values"] = _pixels(processor, pictures).to(model.dtype)
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _prefilled(
+    model: CogVLMForCausalLM,
+    processor: CogVLMProcessor,
+    prompts: list[dict[str, list[int]]],
+    requests: list[Request],
+) -> dict[str, Any]:
+    """Inputs of `generate` with the pictures' keys and values in the cache already.
+
+    A row is BOS and the picture's block, padding, and the words. Padding between them counts no
+    position and is seen by nobody.
+    """
+    head = processor.num_image_tokens + 1  # BOS, and the block from boi to eoi
+    first: dict[object, int] = {}
+    for row, request in enumerate(requests):
+        first.setdefault(_leading_picture(request), row)
+    prefixes = [{name: column[:head] for name, column in prompts[row].items()}
+                for row in first.values()]  # fmt: skip
+    inputs = {name: t.to(model.device) for name, t in processor.pad(prefixes, side="left").items()}
+    pixels = _pixels(processor, [requests[row].images[0] for row in first.values()])
+    cache = model(
+        **inputs,
+        pixel_values=pixels.to(model.device, model.dtype),
+        use_cache=True,
+        logits_to_keep=1,
+    ).past_key_values
+    numbers = {picture: number for number, picture in enumerate(first)}
+    places = torch.tensor([numbers[_leading_picture(request)] for request in requests])
+    cache.batch_select_indices(places.to(model.device))
+    words = processor.pad(
+        [{name: column[head:] for name, column in prompt.items()} for prompt in prompts],
+        side="left",
+    )
+    joined = {
+        name: torch.cat((inputs[name][places.to(model.device)], words[name].to(model.device)), 1)
+        for name in ("input_ids", "attention_mask", "token_type_ids")
+    }
+    return {**joined, "past_key_values": cache}
+
+
+def _pixels(processor: CogVLMProcessor, pictures: list[Image.Image | Path | str]) -> torch.Tensor:
+    """(pictures, 3, S, S)."""
+    opened = [open_picture(source) for source in pictures]
+    return processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+
+
+def _leading_picture(request: Request) -> object:
+    """What tells a request's first picture from others: its path, or the object in memory."""
+    if not request.images:
+        return None
+    first = request.images[0]
+    return id(first) if isinstance(first, Image.Image) else str(first)
+
+
+def _shares_pictures(
+    prompts: list[dict[str, list[int]]], requests: list[Request], image_tokens: int
+) -> bool:
+    """Whether some of these one-picture prompts have a picture in common, and words behind it."""
+    head = image_tokens + 1
+    fits = all(
+        len(request.images) == 1
+        and len(prompt["input_ids"]) > head
+        and prompt["token_type_ids"][1:head] == [1] * image_tokens
+        for prompt, request in zip(prompts, requests, strict=True)
+    )
+    return fits and len({_leading_picture(request) for request in requests}) < len(requests)
+
+
+def _in_batches(prompts: list[dict[str, list[int]]], pictures: list[object]) -> list[int]:
+    """Order of the requests: long ones first, and each together with the others of its picture."""
+    longest: dict[object, int] = {}
+    for prompt, picture in zip(prompts, pictures, strict=True):
+        longest[picture] = max(longest.get(picture, 0), len(prompt["input_ids"]))
+    numbers = {picture: number for number, picture in enumerate(longest)}
+
+    def key(index: int) -> tuple[int, int, int]:
+        length, picture = len(prompts[index]["input_ids"]), pictures[index]
+        if picture is None:
+            return -length, -1, 0
+        return -longest[picture], numbers[picture], -length
+
+    return sorted(range(len(prompts)), key=key)

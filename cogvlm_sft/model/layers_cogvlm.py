@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -75,7 +76,12 @@ class CogVLMExpertMLP(nn.Module):
 
 
 class CogVLMDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm decoder layer; the norms are shared by the experts."""
+    """Pre-norm decoder layer; the norms are shared by the experts.
+
+    Attributes:
+        recompute_mlp: keep what attention needs for the backward pass and compute the MLP, which
+            takes two thirds of the memory and no attention kernel, a second time.
+    """
 
     def __init__(self, config: CogVLMConfig, layer_idx: int) -> None:
         super().__init__()
@@ -83,6 +89,7 @@ class CogVLMDecoderLayer(GradientCheckpointingLayer):
         self.mlp = CogVLMExpertMLP(config)
         self.input_layernorm = CogVLMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = CogVLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute_mlp = False
 
     def forward(
         self,
@@ -120,8 +127,14 @@ class CogVLMDecoderLayer(GradientCheckpointingLayer):
             rows, language = gather_rows(rows, reads.rows), reads.language
         rows = add_by_expert(rows, attended)
         single = isinstance(routing, Routing) and routing.single
-        inner = self.mlp(self.post_attention_layernorm(rows, language), single)
+        if self.recompute_mlp and self.training and torch.is_grad_enabled():
+            inner = checkpoint(self._mlp, rows, language, single, use_reentrant=False)
+        else:
+            inner = self._mlp(rows, language, single)
         return add_by_expert(rows, inner)
+
+    def _mlp(self, rows: torch.Tensor, language: int, single: bool) -> Parts:
+        return self.mlp(self.post_attention_layernorm(rows, language), single)
 
 
 __all__ = ["CogVLMDecoderLayer", "CogVLMRMSNorm"]

@@ -79,6 +79,19 @@ class CogVLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CogVLMRotaryEmbedding):
             init.copy_(module.inv_freq, inverse_frequencies(module.config))
 
+    def recompute_mlp(self, enabled: bool = True) -> None:
+        """Selective checkpointing: keeps attention's tensors, computes the MLPs a second time."""
+        for layer in self._decoder_layers():
+            layer.recompute_mlp = enabled
+
+    def compile_layers(self) -> None:
+        """Compiles every decoder layer, for any shape and without a break in its graph."""
+        for layer in self._decoder_layers():
+            layer.compile(dynamic=True, fullgraph=True)
+
+    def _decoder_layers(self) -> list[CogVLMDecoderLayer]:
+        return [module for module in self.modules() if isinstance(module, CogVLMDecoderLayer)]
+
 
 class CogVLMModel(CogVLMPreTrainedModel):
     """Embeddings, pictures and decoder layers, up to the final norm."""

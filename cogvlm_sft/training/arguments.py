@@ -46,7 +46,7 @@ def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
-        activation_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing=train.gradient_checkpointing is True,
         gradient_checkpointing=None,
         # Every part runs for every batch, also one without images (design of the model).
         ddp_find_unused_parameters=False,

@@ -202,7 +202,10 @@ def _activations(config: CogVLMConfig, recipe: Recipe, tokens: int) -> dict[str,
     if recipe.model.attention == "eager":
         layer += 3 * config.num_attention_heads * tokens**2 * width
     layers = config.num_hidden_layers
-    if recipe.train.gradient_checkpointing:
+    if recipe.train.gradient_checkpointing == "mlp":
+        # Attention's norm input, QKV and output, and the residual stream, in every layer.
+        kept = layers * tokens * 8 * hidden * width + layer
+    elif recipe.train.gradient_checkpointing:
         # Between layers the residual stream is kept, in fp32 under autocast too.
         kept = layers * tokens * hidden * 4 + layer
     else:
@@ -213,7 +216,11 @@ def _activations(config: CogVLMConfig, recipe: Recipe, tokens: int) -> dict[str,
     adapter = patches * (3 * hidden + 4 * config.intermediate_size) * width
     if "vision_tower" in recipe.tune.trainable():
         through = vision.num_hidden_layers * patches * vision.hidden_size * 4 + block
-        tower = through if recipe.train.gradient_checkpointing else vision.num_hidden_layers * block
+        tower = (
+            through
+            if recipe.train.gradient_checkpointing is True
+            else vision.num_hidden_layers * block
+        )
     else:
         tower = block  # one block at a time, nothing kept
     supervised = max(1, tokens - config.num_image_tokens)

@@ -112,6 +112,9 @@ def train(recipe: Recipe) -> TrainResult:
         rates = recipe.tune.trainable()
         apply_tuning(model, recipe.tune)
         _hold_frozen(model, getattr(torch, recipe.model.dtype))
+        model.recompute_mlp(recipe.train.gradient_checkpointing == "mlp")
+        if recipe.train.compile:
+            model.compile_layers()
         batches = batches_of(recipe, dataset, processor.num_image_tokens, world_size)
         if first:
             groups = summarize_groups(model, learning_rate=recipe.train.learning_rate, rates=rates)

@@ -43,6 +43,35 @@ def test_batched_equals_one_by_one_in_the_order_asked(tiny: Tiny) -> None:
     assert len(set(single)) > 3
 
 
+def test_one_picture_is_computed_once_for_all_its_questions(tiny: Tiny) -> None:
+    model = tiny[0]
+    asked = ["What digit is this?", "Where is the red square?", "7", "Which, and why? " * 4]
+    pictures = [_picture(1), _picture(2)]
+    requests = [
+        Request((pictures[number % 2],), asked[number // 2 % 4], ("chat", "vqa")[number // 8])
+        for number in range(16)
+    ]
+    single = [generate_answers(*tiny, [one], max_new_tokens=8)[0] for one in requests]
+    seen: list[int] = []
+    hook = model.model.vision.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape[0])
+    )
+    try:
+        together = generate_answers(*tiny, requests, batch_size=16, max_new_tokens=8)
+        assert seen == [2]
+        seen.clear()
+        assert generate_answers(*tiny, requests, batch_size=8, max_new_tokens=8) == together
+        assert seen == [1, 1]
+        # A caption prompt has no words behind its picture, so its picture is computed with it.
+        caption = Request((pictures[0],), "", "base")
+        mixed = generate_answers(*tiny, [*requests[:3], caption], batch_size=4, max_new_tokens=8)
+    finally:
+        hook.remove()
+    assert together == single
+    assert len(set(single)) > 3
+    assert mixed == [*single[:3], *generate_answers(*tiny, [caption], max_new_tokens=8)]
+
+
 def test_the_picture_matters(tiny: Tiny) -> None:
     one, other = (
         generate_answers(*tiny, [Request((_picture(seed),), "7", "base")], max_new_tokens=8)

@@ -1,0 +1,75 @@
+"""One training step against the obvious one: uniform and ragged batches, share of matmul peak.
+
+python -m benchmarks.step [--rounds N] [--threads N]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from benchmarks.baseline import baseline_loss
+from benchmarks.measure import interleave, matmul, report
+from benchmarks.models import MEDIUM, RESULTS, build, items_of, padded
+from benchmarks.trainer import step, trainer_for
+from cogvlm_sft.training.flops import Work, training_flops
+
+TRAINED = ("language", "visual_expert", "adapter", "embeddings")
+SIZE = 2048
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    model = build(MEDIUM)
+    trainer = trainer_for(model)
+    rows = []
+    for name, texts in (("uniform", (128,) * 4), ("ragged", (128, 112, 96, 80))):
+        items = items_of(model.config, texts, 64)
+        batch = padded(items)
+
+        def bare() -> None:
+            model.zero_grad(set_to_none=True)
+            model(**batch, supervised_only=True).loss.backward()  # noqa: B023
+
+        def baseline() -> None:
+            model.zero_grad(set_to_none=True)
+            baseline_loss(model, batch).backward()  # noqa: B023
+
+        ways = {
+            "baseline": baseline,
+            "trainer": lambda: step(trainer, batch),  # noqa: B023
+            "bare model": bare,
+            "matmul": matmul(SIZE),
+        }
+        with torch.no_grad():
+            ours = model(**batch, supervised_only=True).loss
+            theirs = baseline_loss(model, batch)
+        times = interleave(ways, given.rounds)
+        lengths = [len(item["input_ids"]) for item in items]
+        work = Work(sum(lengths), sum(n * n for n in lengths), len(items), 64 * len(items))
+        needed = training_flops(model.config, TRAINED, work)
+        peak = 2 * SIZE**3 / times.median("matmul")
+        for way in ("trainer", "bare model"):
+            ratio = times.ratio("baseline", way)
+            rows.append(
+                {
+                    "batch": name, "way": way, "seconds": times.median(way),
+                    "baseline s": times.median("baseline"),
+                    **{f"x {key}": value for key, value in ratio.items()},
+                    "GFLOP": needed / 1e9, "peak GFLOP/s": peak / 1e9,
+                    "of peak": needed / times.median(way) / peak,
+                    "best of peak": needed / min(times.wall[way]) * min(times.wall["matmul"])
+                    / (2 * SIZE**3),
+                    "loss difference": abs(float(ours - theirs)) / float(theirs),
+                }
+            )  # fmt: skip
+    report("step", rows, RESULTS)
+
+
+if __name__ == "__main__":
+    main()
