@@ -242,7 +242,7 @@ def _checkpoint_merge(arguments: argparse.Namespace) -> int:
 
 
 def _recipe_list(arguments: argparse.Namespace) -> int:
-    from cogvlm_sft.recipe import list_recipes
+    from cogvlm_sft.recipe_files import list_recipes
 
     for name, title in list_recipes():
         print(f"{name:24} {title}")
@@ -250,14 +250,14 @@ def _recipe_list(arguments: argparse.Namespace) -> int:
 
 
 def _recipe_show(arguments: argparse.Namespace) -> int:
-    from cogvlm_sft.recipe import find_recipe
+    from cogvlm_sft.recipe_files import find_recipe
 
     print(find_recipe(arguments.recipe).read_text(encoding="utf-8"), end="")
     return 0
 
 
 def _recipe_copy(arguments: argparse.Namespace) -> int:
-    from cogvlm_sft.recipe import copy_recipe
+    from cogvlm_sft.recipe_files import copy_recipe
 
     print(f"copied to {copy_recipe(arguments.recipe, arguments.destination)}")
     return 0

@@ -1,15 +1,12 @@
 """Training recipes: YAML read into typed models, every mistake named before anything is loaded.
 
-A recipe is one YAML file of five sections. Keys are closed: an unknown one is an error that names
-the nearest known one, and a value of the wrong type is an error too, never converted ("8" is not
-8). YAML is read by its 1.2 rules where 1.1 surprises (`1e-5` is a number, `no` is a string, a key
-may stand only once). Paths are relative to the working directory. This module imports neither
+A recipe is one YAML file of five sections (read by `recipe_files`). Keys are closed: an unknown one
+is an error that names the nearest known one, and a value of the wrong type is an error too, never
+converted ("8" is not 8). Paths are relative to the working directory. This module imports neither
 torch nor transformers, so that checking a recipe is instant.
 """
 
-import difflib
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +25,8 @@ from pydantic import (
 )
 
 from cogvlm_sft.errors import RecipeError
+from cogvlm_sft.recipe_files import apply_override, find_recipe, read_yaml
+from cogvlm_sft.recipe_mistakes import explain
 
 RecipePath = Annotated[Path, Field(strict=False)]
 
@@ -326,7 +325,7 @@ def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Reci
     path = find_recipe(path_or_name)
     tree = read_yaml(path)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return recipe_from_dict(tree, source=str(path), overridden=list(overrides))
 
 
@@ -337,163 +336,10 @@ def recipe_from_dict(
     try:
         recipe = Recipe.model_validate(dict(tree))
     except ValidationError as error:
-        raise RecipeError(_explain(error, tree, source, overridden)) from None
+        raise RecipeError(explain(error, Recipe, source, overridden)) from None
     recipe._source = source
     _check_together(recipe)
     return recipe
-
-
-def packaged_recipes() -> dict[str, Path]:
-    """Name to file of every recipe that ships with the package (`chat`, `data/chat_500k`, …).
-
-    Those of the data builders are among them; `training_recipes` leaves them out.
-    """
-    root = _recipes_folder()
-    names = {}
-    for path in sorted(root.rglob("*.yaml")):
-        name = path.relative_to(root).with_suffix("").as_posix()
-        if not name.startswith("accelerate/"):  # the launcher's configurations
-            names[name] = path
-    return names
-
-
-def training_recipes() -> dict[str, Path]:
-    """The packaged recipes that `cogvlm-sft train` takes: those with a `train` section."""
-    return {name: path for name, path in packaged_recipes().items() if "train" in read_yaml(path)}
-
-
-def list_recipes() -> list[tuple[str, str]]:
-    """Name and title (first comment line) of every packaged recipe."""
-    return [(name, _title(path)) for name, path in packaged_recipes().items()]
-
-
-def copy_recipe(path_or_name: str | Path, destination: str | Path) -> Path:
-    """Copy a recipe to edit it; an existing file is never replaced.
-
-    Raises:
-        RecipeError: the recipe is unknown or the destination exists.
-    """
-    text = find_recipe(path_or_name).read_text(encoding="utf-8")
-    target = Path(destination)
-    if target.is_dir():
-        target = target / f"{Path(path_or_name).stem}.yaml"
-    try:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise RecipeError(f"{target} exists; remove it or choose another name") from None
-    except OSError as error:
-        raise RecipeError(f"{target} cannot be written: {error.strerror}") from None
-    return target
-
-
-def find_recipe(path_or_name: str | Path) -> Path:
-    """The file of a recipe given as path or packaged name; a file at hand comes first."""
-    path = Path(path_or_name)
-    if path.is_file():
-        return path
-    known = packaged_recipes()
-    name = str(path_or_name).removesuffix(".yaml")
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise RecipeError(
-        f"no recipe {str(path_or_name)!r}: not a file, and not one of the packaged recipes "
-        f"({', '.join(known) or 'none found'}){hint}"
-    )
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """One YAML mapping from a file, by the rules of this module's head."""
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, found {_kind(tree)}")
-    return tree
-
-
-def _recipes_folder() -> Path:
-    """`_recipes` inside an installed package, `recipes/` beside it in a checkout."""
-    here = Path(__file__).resolve().parent
-    installed = here / "_recipes"
-    return installed if installed.is_dir() else here.parent / "recipes"
-
-
-def _title(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return next((line.lstrip("# ") for line in lines if line.startswith("#")), "")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 numbers and booleans, refusing a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-# PyYAML follows YAML 1.1, where 1e-5 is a string and yes/no/on/off are booleans.
-_YAML_1_1 = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] not in _YAML_1_1]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
-    list("-+0123456789."),
-)
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF")
-)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `key.sub=value` in the raw tree; unknown keys are found by the validation after."""
-    dotted, separator, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not separator or not all(keys):
-        raise RecipeError(
-            f"override {override!r} is not of the form key.sub=value, "
-            "for example train.iterations=100"
-        )
-    try:
-        value = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from None
-    place: Any = tree
-    for depth, key in enumerate(keys[:-1]):
-        here = ".".join(keys[: depth + 1])
-        if isinstance(place, list):
-            place = place[_list_index(place, key, override)]
-        else:
-            if place.get(key) is None:
-                place[key] = {}
-            place = place[key]
-        if not isinstance(place, dict | list):
-            raise RecipeError(f"override {override!r}: {here} is {_kind(place)}, not a section")
-    if isinstance(place, list):
-        place[_list_index(place, keys[-1], override)] = value
-    else:
-        place[keys[-1]] = value
-
-
-def _list_index(items: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(items):
-        raise RecipeError(
-            f"override {override!r}: {key!r} is not one of the list's items 0 to {len(items) - 1}"
-        )
-    return int(key)
 
 
 def _check_together(recipe: Recipe) -> None:
@@ -620,96 +466,3 @@ def _check_tuning(recipe: Recipe) -> None:
                 "factors, but model.quantize holds the weights in 4 bits, which cannot be changed. "
                 "Use lora, rslora or dora"
             )
-
-
-def _explain(
-    error: ValidationError, tree: Mapping[str, Any], source: str, overridden: Iterable[str]
-) -> str:
-    """One line per mistake: key, found, expected, nearest key, and where it was written."""
-    lines = []
-    for item in error.errors():
-        location = tuple(item["loc"])
-        dotted = ".".join(str(part) for part in location)
-        where = next(
-            (f"override {text!r}" for text in overridden if _same_key(text, dotted)), source
-        )
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key {dotted!r}; {_nearest(location)}")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: key {dotted!r} is missing and has no default")
-        else:
-            lines.append(f"{where}: {dotted} is {_kind(item['input'])}; expected {_wanted(item)}")
-    return "\n".join(lines)
-
-
-def _wanted(item: Mapping[str, Any]) -> str:
-    """What pydantic expected, without its class names."""
-    if item["type"] == "model_type":
-        return "a mapping of keys"
-    if item["type"].startswith("path"):
-        return "a path (a string)"
-    if item["type"] in ("too_short", "too_long"):
-        limits = item["ctx"]
-        bound = limits.get("min_length", limits.get("max_length"))
-        return f"{bound} item(s), found {limits['actual_length']}"
-    message: str = item["msg"]
-    return message.removeprefix("Input should be ").removeprefix("a valid ")
-
-
-def _same_key(override: str, dotted: str) -> bool:
-    key = override.partition("=")[0].strip()
-    return key == dotted or key.startswith(dotted + ".") or dotted.startswith(key + ".")
-
-
-def _nearest(location: tuple[int | str, ...]) -> str:
-    """The known key nearest to an unknown one: of its own section first, then of any other."""
-    known = _known_keys()
-    parent = ".".join(re.sub(r"^\d+$", "*", str(part)) for part in location[:-1])
-    wanted = str(location[-1])
-    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
-    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {siblings[near[0]]!r}?"
-    elsewhere = {key.rpartition(".")[2]: key for key in known}
-    near = difflib.get_close_matches(wanted, elsewhere, n=1, cutoff=0.8)
-    if near:
-        return f"did you mean {elsewhere[near[0]]!r}?"
-    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.0)
-    return f"the nearest is {siblings[near[0]]!r}, of {', '.join(siblings)}"
-
-
-def _known_keys() -> list[str]:
-    """Every dotted key of the schema; the items of a list are written `*`."""
-    keys: list[str] = []
-
-    def walk(section: type[BaseModel], prefix: str) -> None:
-        for name, field in section.model_fields.items():
-            keys.append(prefix + name)
-            for inner in _sections_in(field.annotation):
-                is_list = "list" in str(field.annotation)
-                walk(inner, f"{prefix}{name}." + ("*." if is_list else ""))
-
-    walk(Recipe, "")
-    return keys
-
-
-def _sections_in(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [found for part in getattr(annotation, "__args__", ()) for found in _sections_in(part)]
-
-
-def _kind(value: Any) -> str:
-    """A value as a user would describe it, for messages."""
-    if value is None:
-        return "null"
-    names = {
-        bool: "a boolean",
-        int: "an integer",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "a mapping",
-    }
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({names.get(type(value), 'a value')})"

@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; on one floor a room may import from rooms that stand before it.
 FLOORS = [
     ["cogvlm_sft.model", "cogvlm_sft.errors"],
-    ["cogvlm_sft.conversation", "cogvlm_sft.recipe", "cogvlm_sft.tune"],
+    [
+        "cogvlm_sft.conversation",
+        "cogvlm_sft.recipe_mistakes",
+        "cogvlm_sft.recipe_files",
+        "cogvlm_sft.recipe",
+        "cogvlm_sft.tune",
+    ],
     ["cogvlm_sft.checkpoint", "cogvlm_sft.data", "data_builders"],
     ["cogvlm_sft.evaluation", "cogvlm_sft.training"],
     ["cogvlm_sft.chat", "cogvlm_sft.demo"],

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import pytest
 from pydantic import BaseModel
 
-from cogvlm_sft import recipe as schema
-from cogvlm_sft.recipe import Recipe, load_recipe, training_recipes
+from cogvlm_sft.recipe import Recipe, TuneSection, load_recipe
+from cogvlm_sft.recipe_files import training_recipes
+from cogvlm_sft.recipe_mistakes import sections_in
 
 RECIPES = training_recipes()
 FULL_SCALE = [name for name in RECIPES if "/" not in name]
@@ -75,11 +76,11 @@ def test_demo_scale_has_the_same_structure(name: str) -> None:
 def sections(model: type[BaseModel] = Recipe) -> Iterator[type[BaseModel]]:
     yield model
     for field in model.model_fields.values():
-        for inner in schema._sections_in(field.annotation):
+        for inner in sections_in(field.annotation):
             yield from sections(inner)
 
 
-@pytest.mark.parametrize("section", set(sections()) - {Recipe, schema.TuneSection})
+@pytest.mark.parametrize("section", set(sections()) - {Recipe, TuneSection})
 def test_every_key_is_documented(section: type[BaseModel]) -> None:
     documented = set(re.findall(r"^\s+(\w+): ", section.__doc__ or "", re.MULTILINE))
     assert set(section.model_fields) <= documented
