@@ -130,6 +130,14 @@ def _chat(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _checkpoint_inspect(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.checkpoint.inspect import inspect_checkpoint
+
+    found = inspect_checkpoint(arguments.checkpoint)
+    print(found.table())
+    return 1 if found.problems else 0
+
+
 def _checkpoint_compose(arguments: argparse.Namespace) -> int:
     from cogvlm_sft.checkpoint.compose import compose, config_fields
 
@@ -232,6 +240,19 @@ def _image_root_of(build: Path) -> Path | None:
 
     has_manifest = (build / "manifest.json").is_file()
     return Path(read_manifest(build)["image_root"]) if has_manifest else None
+
+
+def _checkpoint_export(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.checkpoint.export import export_checkpoint, push_checkpoint
+
+    out = export_checkpoint(
+        arguments.checkpoint, arguments.out, tokenizer=arguments.tokenizer, dtype=arguments.dtype
+    )
+    print(f"checkpoint: {out}")
+    if arguments.push_to_hub is not None:
+        address = push_checkpoint(out, arguments.push_to_hub, public=arguments.public)
+        print(f"uploaded: {address}")
+    return 0
 
 
 def _checkpoint_merge(arguments: argparse.Namespace) -> int:
@@ -400,6 +421,15 @@ def _add_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     )
     kinds = checkpoint.add_subparsers(required=True, metavar="COMMAND")
 
+    inspect = _add(
+        kinds,
+        "inspect",
+        _checkpoint_inspect,
+        "what a checkpoint is and what is missing, from its headers; status 1 where something is",
+        "cogvlm-sft checkpoint inspect checkpoints/cogvlm-chat-hf",
+    )
+    inspect.add_argument("checkpoint", type=Path, help="any checkpoint folder, or a SAT file")
+
     compose = _add(
         kinds,
         "compose",
@@ -477,6 +507,30 @@ def _add_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     )
     convert.add_argument(
         "--lora-alpha", type=float, default=1.0, metavar="A", help="of LoRA matrices, default 1"
+    )
+
+    export = _add(
+        kinds,
+        "export",
+        _checkpoint_export,
+        "a folder that transformers and the engines load without cogvlm-sft",
+        "cogvlm-sft checkpoint export runs/chat --out exports/chat --dtype bfloat16",
+    )
+    export.add_argument("checkpoint", type=Path, metavar="RUN", help="a run's folder, or any other")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="where the checkpoint holds none"
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights on the disk; the checkpoint's by default",
+    )
+    export.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="upload the export; nothing is by default"
+    )
+    export.add_argument(
+        "--public", action="store_true", help="with --push-to-hub: a repository everyone can see"
     )
 
 

@@ -27,6 +27,7 @@ from cogvlm_sft.checkpoint.load import (
     expected_shapes,
     load_tokenizer,
     make_config,
+    save_processor,
     torch_dtype,
 )
 from cogvlm_sft.checkpoint.positions import POSITION_EMBEDDING
@@ -106,7 +107,7 @@ def compose(
         )
         full.architectures = ["CogVLMForCausalLM"]
         full.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        save_processor(processor, folder)
     return Path(out)
 
 

@@ -9,12 +9,13 @@ checkpoint. Only safetensors is read: the older `.bin` files are pickles, which 
 import difflib
 import json
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from cogvlm_sft.checkpoint.adapter import base_of, is_adapter, wear_adapter
 from cogvlm_sft.checkpoint.positions import resize_positions, with_image_size
@@ -22,10 +23,22 @@ from cogvlm_sft.checkpoint.quantized import nf4_config, settle_quantized
 from cogvlm_sft.checkpoint.staging import staged
 from cogvlm_sft.checkpoint.weights import INDEX, check_fit, read_headers
 from cogvlm_sft.errors import CheckpointError
-from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMImageProcessor, CogVLMProcessor
+from cogvlm_sft.model import (
+    CogVLMConfig,
+    CogVLMForCausalLM,
+    CogVLMImageProcessor,
+    CogVLMProcessor,
+    CogVLMVisionConfig,
+)
 
 # Buffers that released files hold and newer exports may leave out; they are computed, never read.
 OPTIONAL_SUFFIX = "rotary_emb.inv_freq"
+# Keys of config.json that are no field of ours: transformers' of other versions, and derived ones.
+_WRITTEN_BY_OTHERS = {
+    *PreTrainedConfig().to_dict(),
+    *("auto_map", "torch_dtype", "transformers_version", "rope_scaling", "rope_parameters"),
+    *("num_key_value_heads", "num_image_tokens", "head_dim", "model_type"),
+}
 _SHARD_SIZE = "5GB"  # as the released repositories are cut
 
 
@@ -77,7 +90,7 @@ def load_model(
             output_loading_info=True,
             local_files_only=True,
         )
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {error}") from None
     problems = [
         str(key)
@@ -117,13 +130,11 @@ def make_config(fields: Mapping[str, Any], where: str = "model.config") -> CogVL
     Raises:
         CheckpointError: an unknown field, or sizes that contradict each other.
     """
-    known = CogVLMConfig().to_dict()
-    known.update(num_multi_query_heads=None, rope_theta=None)
-    _refuse_unknown(fields, known, where)
     vision = fields.get("vision_config") or {}
     if not isinstance(vision, Mapping):
         raise CheckpointError(f"{where}.vision_config is {vision!r}, expected a mapping")
-    _refuse_unknown(vision, known["vision_config"], f"{where}.vision_config")
+    _refuse_unknown(fields, where)
+    _refuse_unknown(vision, f"{where}.vision_config", CogVLMVisionConfig())
     try:
         return CogVLMConfig(**fields)
     except (TypeError, ValueError) as error:
@@ -156,7 +167,17 @@ def load_config(folder: str | Path) -> CogVLMConfig:
             f"{file}: no vision_config in it, so this is not a CogVLM "
             f"(architectures: {raw.get('architectures') if isinstance(raw, dict) else None})"
         )
-    return CogVLMConfig.from_pretrained(path, local_files_only=True)
+    vision = raw["vision_config"]
+    _refuse_unknown({k: v for k, v in raw.items() if k not in _WRITTEN_BY_OTHERS}, str(file))
+    _refuse_unknown(
+        {k: v for k, v in vision.items() if k not in _WRITTEN_BY_OTHERS},
+        f"{file}: vision_config",
+        CogVLMVisionConfig(),
+    )
+    try:
+        return CogVLMConfig.from_pretrained(path, local_files_only=True)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -277,8 +298,19 @@ def save_checkpoint(
         model.save_pretrained(folder, state_dict=weights, max_shard_size=_SHARD_SIZE)
         if dtype is not None:
             _write_dtype(folder / "config.json", torch_dtype(dtype))
-        processor.save_pretrained(folder)
+        save_processor(processor, folder)
     return Path(out)
+
+
+def save_processor(processor: CogVLMProcessor, folder: Path) -> None:
+    """Writes a processor with its tokenizer, `tokenizer.model` included where there was one.
+
+    transformers writes tokenizer.json alone; llama.cpp and LMDeploy read the sentencepiece file.
+    """
+    processor.save_pretrained(folder)
+    model = Path(processor.tokenizer.name_or_path) / "tokenizer.model"
+    if model.is_file():
+        shutil.copyfile(model, folder / "tokenizer.model")
 
 
 def _write_dtype(file: Path, dtype: torch.dtype) -> None:
@@ -337,9 +369,16 @@ def _check_tokenizer(folder: Path) -> None:
         )
 
 
-def _refuse_unknown(fields: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    for key in fields:
-        if key not in known:
+def _refuse_unknown(
+    fields: Mapping[str, Any], where: str, kind: PreTrainedConfig | None = None
+) -> None:
+    known = (kind or CogVLMConfig()).to_dict()
+    if kind is None:
+        known |= {"num_multi_query_heads": None, "rope_theta": None}
+    for key, value in fields.items():
+        if type(known.get(key)) is int and not isinstance(value, int | list):
+            raise CheckpointError(f"{where}: {key} is {value!r}, expected a whole number")
+        if key not in known and not key.startswith("_"):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise CheckpointError(
                 f"{where}: unknown field {key!r}; did you mean {near[0]!r}? ({where} holds the "

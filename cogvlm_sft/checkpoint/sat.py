@@ -28,6 +28,7 @@ from cogvlm_sft.checkpoint.load import (
     build_processor,
     expected_shapes,
     make_config,
+    save_processor,
     torch_dtype,
 )
 from cogvlm_sft.checkpoint.staging import staged
@@ -112,6 +113,38 @@ class _Rank:
         return tensor.clone()
 
 
+@dataclass(frozen=True)
+class SatCheckpoint:
+    """A SAT checkpoint, mapped.
+
+    Attributes:
+        ranks: one file each.
+        parts: SAT's name of the (original) tensor of every released name.
+        config: what its tensors and model_config.json say.
+    """
+
+    ranks: list[_Rank]
+    parts: dict[str, str]
+    config: CogVLMConfig
+
+    @classmethod
+    def open(cls, path: str | Path, template: str = "chat") -> SatCheckpoint:
+        """Maps the files; see `convert_sat`.
+
+        Raises:
+            CheckpointError: files are missing, damaged or not a CogVLM's.
+        """
+        files, described = find_rank_files(path)
+        ranks = [_Rank(file) for file in files]
+        parts = _parts(ranks)
+        return cls(ranks, parts, _config(ranks, parts, described, template))
+
+    @property
+    def lora(self) -> bool:
+        """Whether LoRA matrices stand beside the weights."""
+        return any(_LORA.fullmatch(name) for name in self.ranks[0].state)
+
+
 def convert_sat(
     path: str | Path,
     out: str | Path,
@@ -139,17 +172,15 @@ def convert_sat(
     Raises:
         CheckpointError: files are missing, damaged or not a CogVLM's, or hold 4-bit weights.
     """
-    files, described = find_rank_files(path)
-    ranks = [_Rank(file) for file in files]
-    parts = _parts(ranks)
-    config = _config(ranks, parts, described, template)
-    expected = {
-        name: shape
-        for name, shape in expected_shapes(config).items()
-        if not name.endswith(OPTIONAL_SUFFIX)
-    }
-    where = files[0].parent
-    check_fit(where, {name: _joined(name, parts, ranks, expected) for name in parts}, expected)
+    sat = SatCheckpoint.open(path, template)
+    config, parts, ranks = sat.config, sat.parts, sat.ranks
+    expected = expected_shapes(config)
+    check_fit(
+        ranks[0].file.parent,
+        {name: _joined(name, parts, ranks, expected) for name in parts},
+        expected,
+        optional=OPTIONAL_SUFFIX,
+    )
     processor = None if tokenizer is None else build_processor(config, tokenizer)
     kept = torch_dtype(dtype) if dtype else ranks[0].state[parts["lm_head.weight"]].dtype
     config.dtype = kept
@@ -164,12 +195,12 @@ def convert_sat(
                 if name in parts
                 else partial(inverse_frequencies, config),
             )
-            for name, shape in expected_shapes(config).items()
+            for name, shape in expected.items()
         ]
         write_weights(folder, planned, label="convert")
         config.save_pretrained(folder)
         if processor is not None:
-            processor.save_pretrained(folder)
+            save_processor(processor, folder)
     return Path(out)
 
 

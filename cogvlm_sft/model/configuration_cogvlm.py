@@ -111,8 +111,10 @@ class CogVLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         derived = {key: kwargs.pop(key) for key in _DERIVED_KEYS if key in kwargs}
-        # Repositories with remote code name their Python files here; our checkpoints hold none.
-        kwargs.pop("auto_map", None)
+        # Folders with remote code name their Python files here. We run none and drop the map,
+        # except where this file is itself read as the remote code of an export.
+        if not __name__.startswith("transformers_modules."):
+            kwargs.pop("auto_map", None)
         for key in ("rope_scaling", "rope_parameters"):
             scaling = kwargs.pop(key, None) or {}
             kind = scaling.get("rope_type", scaling.get("type", "default"))

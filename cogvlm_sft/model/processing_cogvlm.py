@@ -19,9 +19,10 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from cogvlm_sft.errors import ModelInputError
-from cogvlm_sft.model.encoded_text import EncodedText
-from cogvlm_sft.model.image_processing_cogvlm import CogVLMImageProcessor
-from cogvlm_sft.model.prompts import (
+
+from .encoded_text import EncodedText
+from .image_processing_cogvlm import CogVLMImageProcessor
+from .prompts import (
     CHAT_TEMPLATE,
     IMAGE_MARKER,
     PROMPTS,

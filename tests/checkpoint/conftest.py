@@ -15,6 +15,7 @@ from cogvlm_sft.checkpoint.load import build_model, build_processor, save_checkp
 from cogvlm_sft.demo.tokenizer import train_tokenizer
 
 TEXTS = ["Question: What digit is this? Answer: 7", "Where is the red square? [[000,250,500,999]]"]
+GOLDEN = Path(__file__).parent.parent / "model"  # golden/ and golden_v2/: the released code's
 VISION = {
     "hidden_size": 24,
     "intermediate_size": 32,
@@ -39,7 +40,7 @@ CONFIG: dict[str, Any] = {
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a folder, whatever its shards."""
     found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):
         found |= load_file(file)
     return found
 

@@ -1,0 +1,190 @@
+"""Folders that are read: the released code's figures from shards, and mistakes named by file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cogvlm_sft.checkpoint.load import load_config, load_model, load_processor
+from cogvlm_sft.checkpoint.positions import POSITION_EMBEDDING, interpolate_positions
+from cogvlm_sft.errors import CheckpointError
+from tests.checkpoint.conftest import GOLDEN, assert_same, tensors_of
+
+CASES = ("single_image", "batch2_left", "two_images_interleaved", "image_last")
+
+
+def released(source: Path, out: Path, shards: int = 3) -> Path:
+    """As the released repositories are: shards with an index, no model_type, foreign code."""
+    out.mkdir()
+    tensors = load_file(source / "model.safetensors")
+    names = sorted(tensors)
+    share = -(-len(names) // shards)
+    weight_map = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[number * share : (number + 1) * share]}
+        save_file(part, out / file)
+        weight_map |= dict.fromkeys(part, file)
+    (out / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
+    )
+    config = json.loads((source / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("model_type", "dtype")}
+    config |= {
+        "_name_or_path": "cogvlm-chat-v1.1",
+        "auto_map": {"AutoConfig": "configuration_cogvlm.CogVLMConfig"},
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.35.0",
+        "template_version": "base",
+    }
+    (out / "config.json").write_text(json.dumps(config))
+    for name in ("configuration_cogvlm.py", "modeling_cogvlm.py"):
+        (out / name).write_text("raise SystemExit('remote code was run')")
+    return out
+
+
+@pytest.mark.parametrize("generation", ["golden", "golden_v2"])
+def test_released_code_s_figures_from_files(
+    generation: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    folder = released(GOLDEN / generation, tmp_path / "cogvlm-chat-hf")
+    model = load_model(folder)
+    cases = load_file(GOLDEN / generation / "cases.safetensors")
+    for case in CASES:
+        keys = ("input_ids", "token_type_ids", "attention_mask", "pixel_values")
+        inputs = {key: cases[f"in/{case}/{key}"] for key in keys}
+        inputs = {k: v.long() if v.dtype == torch.int16 else v for k, v in inputs.items()}
+        with torch.no_grad():
+            logits = model(**inputs).logits[..., ::8]
+        real = inputs["attention_mask"].bool()
+        truth = cases[f"out/{case}/logits"]
+        torch.testing.assert_close(logits[real], truth[real], atol=1e-4, rtol=0)
+    processor = load_processor(folder, tokenizer)
+    assert processor.style == model.config.template_version == "base"
+    assert processor.num_image_tokens == model.config.num_image_tokens
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        load_processor(folder)
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Callable[..., Path]:
+    """A released folder in which `change` damaged something."""
+
+    def make(change: Callable[[Path], Any]) -> Path:
+        shutil.rmtree(tmp_path / "broken", ignore_errors=True)
+        folder = released(GOLDEN / "golden", tmp_path / "broken")
+        change(folder)
+        return folder
+
+    return make
+
+
+def second_shard(folder: Path) -> Path:
+    return folder / "model-00002-of-00003.safetensors"
+
+
+def truncate(folder: Path) -> None:
+    file = second_shard(folder)
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def reshape(folder: Path) -> None:
+    tensors = load_file(second_shard(folder))
+    name = "model.layers.1.self_attn.vision_expert_dense.weight"
+    tensors[name] = tensors[name][:-2].clone()
+    save_file(tensors, second_shard(folder))
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        for key, value in changes.items():
+            (config["vision_config"] if key == "image_siz" else config)[key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda folder: second_shard(folder).unlink(), ["broken", "model-00002-of-00003"]),
+        (truncate, ["model-00002-of-00003.safetensors", "damaged or incomplete"]),
+        (reshape, ["1.self_attn.vision_expert_dense.weight: (62, 64) in model-00002-of-00003"]),
+        (edit(vision_expert_size=3), ["config.json", "unknown field 'vision_expert_size'"]),
+        (edit(image_siz=3), ["config.json: vision_config", "'image_siz'", "'image_size'"]),
+        (edit(vocab_size=300), ["lm_head.weight: (320, 64)", "(300, 64) by config.json"]),
+        (edit(hidden_size="wide"), ["config.json", "hidden_size"]),
+        (edit(num_hidden_layers=3), ["missing (model.layers.2.input_layernorm.weight"]),
+        (edit(num_hidden_layers=1), ["unexpected", "model.layers.1.input_layernorm.weight"]),
+    ],
+    ids=["missing shard", "truncated shard", "wrong shape", "unknown field", "unknown vision field",
+         "vocabulary", "type", "layer missing", "layer too many"],
+)  # fmt: skip
+def test_mistakes_name_file_and_key(
+    broken: Callable[..., Path], change: Callable[[Path], Any], named: list[str]
+) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        load_model(broken(change))
+    for words in named:
+        assert words in str(raised.value)
+
+
+def test_a_tokenizer_that_is_too_large(broken: Callable[..., Path], tokenizer: Path) -> None:
+    folder = broken(edit(vocab_size=300))
+    with pytest.raises(CheckpointError, match=r"320 tokens, the model's vocab_size is 300"):
+        load_processor(folder, tokenizer)
+    assert str(load_config(folder).vocab_size) == "300"
+
+
+def test_positions_interpolated() -> None:
+    torch.manual_seed(0)
+    embedding = torch.randn(1 + 16 * 16, 8)
+    wide = interpolate_positions(embedding, 35)
+    assert wide.shape == (1226, 8) and torch.equal(wide[0], embedding[0])
+    planes = embedding[1:].T.reshape(1, 8, 16, 16)
+    expected = torch.nn.functional.interpolate(planes, (35, 35), mode="bicubic")
+    assert torch.equal(wide[1:], expected[0].reshape(8, -1).T)
+    assert interpolate_positions(embedding, 16) is embedding
+    flat = torch.ones(1 + 16, 3)  # a constant stays what it is, at any size
+    torch.testing.assert_close(interpolate_positions(flat, 7), torch.ones(50, 3))
+    with pytest.raises(CheckpointError, match="11 rows"):
+        interpolate_positions(torch.ones(11, 3), 4)
+
+
+@pytest.mark.parametrize("side", [28, 56, 98, 140])
+def test_another_picture_size(checkpoint: Path, tmp_path: Path, side: int) -> None:
+    """Any multiple of the patch: only the positions change, and the result is a checkpoint."""
+    model = load_model(checkpoint, image_size=side)
+    processor = load_processor(checkpoint, image_size=side)
+    inputs = processor([], "Hello", style="text", return_tensors="pt")
+    picture = torch.randn(1, 3, side, side)
+    assert (
+        model.model.vision(picture).shape[1] == processor.num_image_tokens == (side // 14) ** 2 + 2
+    )
+    model.save_pretrained(tmp_path / "resized")
+    again, before = tensors_of(tmp_path / "resized"), tensors_of(checkpoint)
+    expected = {
+        **before,
+        POSITION_EMBEDDING: interpolate_positions(before[POSITION_EMBEDDING], side // 14),
+    }
+    assert_same(again, expected)
+    assert load_model(tmp_path / "resized").config.vision_config.image_size == side
+    with torch.no_grad():  # text does not care
+        torch.testing.assert_close(
+            model(**inputs).logits, load_model(checkpoint)(**inputs).logits, atol=0, rtol=0
+        )
+
+
+def test_a_picture_size_that_does_not_fit(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="image_size is 100, expected a multiple of 14"):
+        load_model(checkpoint, image_size=100)
+    with pytest.raises(CheckpointError, match=r"multiple of 28 .* halved by the convolution"):
+        load_model(GOLDEN / "golden_v2", image_size=70)
