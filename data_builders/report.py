@@ -8,7 +8,6 @@ depends on time or machine.
 """
 
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cogvlm_sft.conversation import strip_marker
 from data_builders.image_check import ImageFacts
 from data_builders.mix import Ledger
+from data_builders.report_charts import by_count, histogram, ranking, size_grid
 from data_builders.report_words import explain, explain_kind, explain_repair
 from data_builders.thumbnail import thumbnail
 from data_builders.token_count import counter_of
@@ -30,6 +30,7 @@ _TURNS = 6
 _TEXT = 700
 _COLOURS = ("#2b6cb0", "#b7622c", "#3d8361", "#7c5295", "#94791f", "#4f6272", "#a8434f", "#2c8c89",
             "#8a6d5a", "#5d6bb5")  # fmt: skip
+_QUESTIONS = [1, 2, 3, 4, 5, 6, 8, 11, 16]
 _LENGTHS = [0, 5, 10, 20, 50, 100, 200, 500, 1000]
 _SIDES = [0, 64, 128, 256, 384, 512, 768, 1024, 2048]
 
@@ -167,65 +168,25 @@ def _texts(ledger: Ledger, records: Any, tokenizer: Path | None) -> dict[str, An
     for record in chosen:
         for message in orjson.loads(ledger.line(int(record)))["messages"]:
             text = message["content"]
-            questions.append(strip_marker(text)) if message["role"] == "user" else answers.append(
-                text
-            )
+            if message["role"] == "user":
+                questions.append(strip_marker(text))
+            else:
+                answers.append(text)
     unit, lengths = counter_of(tokenizer)(answers)
     whole = len(chosen) == len(records)
     sample = "all" if whole else f"{len(chosen):,} evenly chosen"
     openings = Counter(" ".join(text.split()[:2]) for text in questions)
     charts = [
-        _chart("Questions a conversation", ledger.columns["pairs"][records], [1, 2, 3, 4, 5, 6, 8,
-                                                                              11, 16]),
-        _chart(f"{unit} an answer", lengths, _LENGTHS),
-    ]  # fmt: skip
+        histogram("Questions a conversation", ledger.columns["pairs"][records], _QUESTIONS),
+        histogram(f"{unit} an answer", lengths, _LENGTHS),
+    ]
     return {
         "charts": charts,
-        "openings": _ranking(openings, len(questions)),
-        "answers": _ranking(Counter(answers), len(answers)),
+        "openings": ranking(openings, len(questions)),
+        "answers": ranking(Counter(answers), len(answers)),
         "shape_note": f"Questions are counted in all conversations; texts are those of {sample} "
         f"conversations, {len(answers):,} answers.",
     }
-
-
-def _ranking(counts: Counter[str], total: int) -> list[tuple[str, str, float]]:
-    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]
-    return [
-        (
-            text if len(text) <= 60 else text[:60] + "…",
-            f"{100 * n / max(1, total):.1f} %",
-            round(100 * n / most[0][1], 1),
-        )
-        for text, n in most
-    ]
-
-
-def _chart(title: str, values: Any, edges: list[int]) -> dict[str, Any]:
-    """A histogram; the last bar is open."""
-    values = np.asarray(values)
-    counts, _ = np.histogram(values, [*edges, np.inf])
-    labels = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(edges)]
-    top = max(1, int(counts.max()))
-    return {
-        "title": title,
-        "median": f"{np.median(values):,.0f}" if len(values) else "-",
-        "most": f"{np.percentile(values, 95):,.0f}" if len(values) else "-",
-        "bars": [
-            {
-                "label": label,
-                "count": f"{count:,}",
-                "share": _percent(int(count) / max(1, len(values))),
-                "height": round(88 * int(count) / top, 2),
-            }
-            for label, count in zip([*labels, f"{edges[-1]}+"], counts, strict=True)
-        ],
-    }
-
-
-def _percent(share: float) -> str:
-    if not share:
-        return ""
-    return "<1 %" if share < 0.005 else f"{100 * share:.0f} %"
 
 
 def _pictures(manifest: dict[str, Any], facts: dict[int, ImageFacts]) -> dict[str, Any] | None:
@@ -239,49 +200,11 @@ def _pictures(manifest: dict[str, Any], facts: dict[int, ImageFacts]) -> dict[st
     return {
         "note": f"{counted['checked']:,} pictures were decoded to the last pixel, "
         f"{len(usable):,} of them are usable.",
-        "sides": _chart("Longer side, pixels", np.maximum(width, height), _SIDES),
-        **_size_grid(width, height),
-        "kinds": [(kind, f"{n:,}") for kind, n in _by_count(counted["kinds"])],
+        "sides": histogram("Longer side, pixels", np.maximum(width, height), _SIDES),
+        **size_grid(width, height),
+        "kinds": [(kind, f"{n:,}") for kind, n in by_count(counted["kinds"])],
         "odd": [
-            (explain_kind(kind), f"{n:,}") for kind, n in _by_count(counted["converted_when_read"])
-        ],
-    }
-
-
-def _by_count(counts: dict[str, int]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-
-
-def _size_grid(width: Any, height: Any) -> dict[str, Any]:
-    """A map of width against height in steps of a quarter octave, for the page's SVG."""
-    across, down = np.log2(width) * 4, np.log2(height) * 4
-    left, right = int(across.min()) - 1, int(across.max()) + 2
-    low, high = int(down.min()) - 1, int(down.max()) + 2
-    step_x, step_y = 310 / (right - left), 185 / (high - low)
-    cells = Counter(zip(across.astype(int).tolist(), down.astype(int).tolist(), strict=True))
-    most = max(cells.values())
-    octaves = [2**n for n in range(4, 15)]
-    return {
-        "cells": [
-            {
-                "x": round(40 + (x - left) * step_x, 1),
-                "y": round(195 - (y + 1 - low) * step_y, 1),
-                "w": round(step_x - 1, 1),
-                "h": round(step_y - 1, 1),
-                "opacity": round(0.15 + 0.85 * (n / most) ** 0.5, 2),
-                "title": f"about {2 ** (x / 4 + 0.125):.0f} by {2 ** (y / 4 + 0.125):.0f}: {n:,}",
-            }
-            for (x, y), n in sorted(cells.items())
-        ],
-        "x_ticks": [
-            (round(40 + (np.log2(size) * 4 - left) * step_x, 1), size)
-            for size in octaves
-            if left <= np.log2(size) * 4 <= right - 0.5
-        ],
-        "y_ticks": [
-            (round(199 - (np.log2(size) * 4 - low) * step_y, 1), size)
-            for size in octaves
-            if low <= np.log2(size) * 4 <= high
+            (explain_kind(kind), f"{n:,}") for kind, n in by_count(counted["converted_when_read"])
         ],
     }
 

@@ -15,8 +15,7 @@ from PIL import Image
 
 from cogvlm_sft.conversation import read_conversations
 from cogvlm_sft.errors import DataError, RecipeError
-from data_builders import annotations, record_shards
-from data_builders import build as building
+from data_builders import annotations, pipeline, record_shards
 from data_builders.build import build
 from data_builders.catalogue import list_sources
 
@@ -241,7 +240,7 @@ def test_a_failing_build_leaves_the_earlier_one_untouched(recipe, corpus, tmp_pa
         raise OSError(28, "No space left on device")
 
     path.write_text("[]")
-    monkeypatch.setattr(building, "make_manifest", full)
+    monkeypatch.setattr(pipeline, "make_manifest", full)
     with pytest.raises(DataError, match="the disk is full"):
         build(recipe)
     assert digest(out) == before
