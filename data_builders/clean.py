@@ -170,8 +170,8 @@ def text_of(value: Any) -> str | None:
         return value
     if type(value) is bool:
         return "yes" if value else "no"
-    if type(value) is int:
-        return str(value)
+    if type(value) is int:  # Python refuses to write out numbers of thousands of digits
+        return str(value) if abs(value) < 1 << 64 else None
     if type(value) is float and value == value:
         return str(int(value)) if value.is_integer() else repr(value)
     return None

@@ -144,10 +144,10 @@ class JoinedVqa(Source):
 
 def _question_id(record: Any) -> str | None:
     value = record.get("question_id") if isinstance(record, dict) else None
-    return str(value) if type(value) in (int, str) and value != "" else None
+    return (text_of(value) or None) if type(value) in (int, str) else None
 
 
 def _number(value: Any) -> int | None:
-    if type(value) is str and value.isascii() and value.isdigit():
+    if type(value) is str and value.isascii() and value.isdigit() and len(value) < 19:
         return int(value)
-    return value if type(value) is int and value >= 0 else None
+    return value if type(value) is int and 0 <= value < 1 << 63 else None

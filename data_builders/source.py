@@ -321,8 +321,8 @@ def excerpt(record: Any, length: int = 240) -> str:
     except (TypeError, ValueError):  # half a surrogate pair, or nested deeply
         try:
             text = repr(record)
-        except RecursionError:
-            text = "(nested too deeply to show)"
+        except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
+            text = "(too deep or too large to show)"
     return text if len(text) <= length else text[:length] + "…"
 
 

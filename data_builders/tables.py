@@ -85,7 +85,7 @@ def parquet_rows(path: Path, needed: Mapping[str, str]) -> Iterator[dict[str, An
             _check_header(str(path), file.schema_arrow.names, needed)
             for part in file.iter_batches(batch_size=ROWS):
                 yield from part.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path}: not a readable Parquet file of {path.stat().st_size} bytes "
             f"({str(error).splitlines()[0]}); is it truncated?"

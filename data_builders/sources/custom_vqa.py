@@ -105,7 +105,7 @@ class CustomVQA(Source):
                 yield from self._joined(path, first, rows, joined)
             else:
                 yield first
-                yield from rows
+                yield from (_apart(path, batch, joined) for batch in rows)
 
     def units(self, record: Any) -> int:
         """Rows of the file in a raw record."""
@@ -271,6 +271,17 @@ class CustomVQA(Source):
         while chunk := list(islice(rows, ROWS)):
             yield Batch(path.name, start, chunk)
             start += len(chunk)
+
+
+def _apart(path: Path, batch: Batch, joined: str) -> Batch:
+    """The batch, unless a row of it belongs to a conversation though none before did."""
+    for index, row in enumerate(batch.records, start=batch.start):
+        if type(row) is dict and joined in row:
+            raise DataError(
+                f"{path}: record {index} has {joined!r}, which no record before it has; give it to "
+                "every record, empty where a row stands alone"
+            )
+    return batch
 
 
 def _number(value: Any) -> float | None:

@@ -185,7 +185,7 @@ def _unrelated(path: Path) -> Iterator[tuple[str, int | None]]:
     """
     pairs: list[tuple[str, int | None]] = []
     for number, line in enumerate(_text(path).splitlines(), start=1):
-        match = re.match(r"\s*(\d+)(?:\.jpg)?(?:[#\s,_]+(\d+))?", line)
+        match = re.match(r"\s*(\d+)(?:\.jpg)?(?:[#\s,_]+(\d{1,9}))?", line)
         if match:
             pairs.append((match[1], int(match[2]) if match[2] else None))
         elif line.strip() and number > 1 and not line.startswith("#"):

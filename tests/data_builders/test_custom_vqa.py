@@ -5,8 +5,14 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cogvlm_sft.errors import DataError, RecipeError
+from data_builders.images import ImageFinder
+from data_builders.recipe import SourceEntry
+from data_builders.source import RecordStage
+from data_builders.sources.custom_vqa import CustomVQA
 
 
 @pytest.fixture
@@ -237,6 +243,49 @@ def test_mistakes(photos, run, tmp_path):
         run("custom_vqa", [path], colums={"image": "x"})
     with pytest.raises(RecipeError, match="not a regular expression"):
         run("custom_vqa", [], label_pattern="(")
+
+
+def test_a_late_conversation_column_is_an_error(photos, run, tmp_path):
+    path = tmp_path / "q.jsonl"
+    rows = [{"image": "a.jpg", "question": f"q{n}", "answer": "a"} for n in range(2001)]
+    rows[-1]["conversation"] = 5
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"q\.jsonl: record 2000 has 'conversation', which no"):
+        run("custom_vqa", [path])
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(
+    ending=st.sampled_from(["csv", "tsv", "jsonl", "parquet"]), cut=st.floats(0, 1),
+    over=st.binary(max_size=8), whole=st.booleans(),
+)  # fmt: skip
+def test_damaged_tables_are_a_data_error(ending, cut, over, whole, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tables") / f"q.{ending}"
+    rows = [{"image": "a.jpg", "question": f"q {n}", "answer": f'"{n}'} for n in range(4)]
+    if ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif ending == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        between = "," if ending == "csv" else "\t"
+        cells = [
+            ["image", "question", "answer"],
+            *([f'"{v}"' for v in ("a", "q", 1)] for _ in "1234"),
+        ]
+        path.write_text("\n".join(between.join(row) for row in cells) + "\n")
+    raw = path.read_bytes()
+    at = int(cut * len(raw))
+    path.write_bytes(raw[:at] + over + (raw[at + len(over) :] if whole else b""))
+    source = CustomVQA(SourceEntry(source="custom_vqa", name="mine", annotations=[path]))
+    finder = ImageFinder(path.parent, [], must_exist=False)
+    stage = RecordStage(source, finder, 0)
+    try:
+        done = [stage.run(batch) for batch in source.batches(finder)]
+    except DataError as error:
+        assert path.name in str(error)
+        return
+    for part in done:
+        assert part.read == sum(part.units) + part.drops.total()
 
 
 def test_an_empty_folder_is_an_error(root, run):

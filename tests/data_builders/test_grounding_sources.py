@@ -221,9 +221,12 @@ def test_a_pickle_of_python_2(refer, run):
     Python2(stream, protocol=2).dump(refs)
     path = write([])
     path.write_bytes(stream.getvalue())
+    huge = ref("huge") | {"image_id": 10**9999, "ref_id": 10**9999}
+    Python2(stream := io.BytesIO(), protocol=2).dump([*refs, huge])
+    path.write_bytes(stream.getvalue())
     report, built, _ = run("refcoco", [path], instances=[str(instances)])
     assert "caf\u00e9" in built[0]["messages"][0]["content"]
-    assert report["dropped"] == {"text_not_unicode": 1}
+    assert report["dropped"] == {"picture_not_in_instances": 1, "text_not_unicode": 1}
 
 
 def test_a_pickle_cannot_unfold(tmp_path):

@@ -51,7 +51,7 @@ WRAP = {
 
 
 @pytest.mark.parametrize("name", [n for n in source_names() if n != "ocr_vqa"])
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(values=st.lists(VALUES, max_size=4))
 def test_odd_records(name, values, tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
@@ -63,7 +63,7 @@ def test_odd_records(name, values, tmp_path_factory):
     assert len(done.lines) == sum(done.lengths)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(key=st.text(max_size=4), value=VALUES)
 def test_odd_entries_of_ocr_vqa(key, value, tmp_path_factory):
     from data_builders.sources.ocr_vqa import _questions

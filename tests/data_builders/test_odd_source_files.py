@@ -109,7 +109,8 @@ FOLDERS = {"cogvlm_sft_311k": "f", "flickr30k_entities": "e"}
 
 ODD = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-    | st.sampled_from([10**30, -1, "", " ", "</s>", "<image>", "../x", "\ud83d", "\0", "1" * 5000]),
+    | st.sampled_from([10**30, -(10**4000), -1, "", " ", "</s>", "<image>", "../x", "\ud83d", "\0",
+                       "1" * 5000]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner,
                                                                 max_size=3),
     max_leaves=6,
