@@ -1,15 +1,11 @@
 """Reads annotation files as a stream of record batches, whatever their size and JSON shape.
 
-Notable choice: a large JSON array is cut at record boundaries that are *proved*, not guessed. A
-prefix of the file that ends in `}` before `,{` is parsed by orjson with the array closed behind it;
-JSON is deterministic from left to right, so a prefix that parses is a true boundary. This runs at
-orjson's speed with one buffer in memory, where an event parser costs ten times as much. Objects
-that wrap an array or map ids to records go through ijson. A file that ends early or holds a syntax
-error raises `DataError` with the byte.
+Arrays are cut by `json_array` at orjson's speed, JSON Lines are read line by line, and objects that
+wrap an array or map ids to records go through ijson. A file that ends early or holds a syntax error
+raises `DataError` with the byte; so does an array that turns out to be none, since reading nothing
+from it would lose records without a word.
 """
 
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,13 +16,12 @@ import ijson
 import orjson
 
 from cogvlm_sft.errors import DataError
+from data_builders.json_array import byte_of, decode, loads, read_array, why_of
 
 CHUNK = 4 << 20
 ROWS = 2000
-_LONGEST_RECORD = 256 << 20
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|["{}\[\],]', re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -78,7 +73,8 @@ def read_records(path: Path, wrappers: tuple[str, ...] = ()) -> Iterator[Batch]:
         offset = _skip_space(stream)
         head = stream.read(1)
         if head == b"[":
-            yield from _array(path, stream, offset + 1)
+            for start, records, raw in read_array(path, stream, offset + 1, CHUNK):
+                yield Batch(path.name, start, records, raw)
             return
         stream.seek(offset)
         if head == b"{":
@@ -137,7 +133,7 @@ def read_json(path: Path) -> Any:
     """
     raw = require_file(path).read_bytes()
     skipped = len(raw) - len(raw.removeprefix(_BOM))
-    return _decode(path, raw[skipped:], skipped)[0]
+    return decode(path, raw[skipped:], skipped)[0]
 
 
 def read_head(path: Path, key: str) -> Any:
@@ -187,11 +183,11 @@ def _lines(path: Path, stream: BinaryIO, offset: int) -> Iterator[Batch]:
     for number, line in enumerate(stream, start=1):
         if line.strip():
             try:
-                records.append(_loads(line))
+                records.append(loads(line))
             except ValueError as error:
                 raise DataError(
-                    f"{path}:{number}: not valid JSON at byte {offset + _byte(error)} "
-                    f"({_why(error)}); the line is broken or the file is truncated"
+                    f"{path}:{number}: not valid JSON at byte {offset + byte_of(error)} "
+                    f"({why_of(error)}); the line is broken or the file is truncated"
                 ) from None
             index += 1
         offset += len(line)
@@ -256,134 +252,3 @@ def _broken(path: Path, stream: BinaryIO, error: Exception) -> DataError:
     return DataError(
         f"{path}: not valid JSON {where} ({why}); it is truncated or broken: fetch it again"
     )
-
-
-def _array(path: Path, stream: BinaryIO, base: int) -> Iterator[Batch]:
-    """Batches of a top-level array; `stream` stands behind its `[`, `base` bytes into the file."""
-    buffer = b""
-    index = 0
-    step = CHUNK
-    stop: re.Pattern[bytes] | None = None
-    while True:
-        chunk = stream.read(step)
-        buffer += chunk
-        if not chunk:
-            records, raw = _rest(path, buffer, base)
-            if records:
-                yield Batch(path.name, index, records, raw)
-            return
-        if stop is None:
-            stop = _separator(buffer)
-        cut = _boundary(path, buffer, base, stop)
-        if cut is None:
-            if len(buffer) > _LONGEST_RECORD:
-                raise DataError(
-                    f"{path}: no record ends within {len(buffer)} bytes of byte {base}; "
-                    "a quote is missing, or this is not a list of records"
-                )
-            step = len(buffer)  # doubles, so that rescanning stays linear
-            continue
-        end, records, raw = cut
-        yield Batch(path.name, index, records, raw)
-        index += len(records)
-        comma = buffer.index(b",", end) + 1
-        base += comma
-        buffer = buffer[comma:]
-        step = CHUNK
-
-
-def _separator(buffer: bytes) -> re.Pattern[bytes]:
-    """What stands between records: `}`, comma, `{` and the first key of the first record."""
-    first = re.match(rb'\s*\{\s*("(?:[^"\\]|\\.)*")', buffer)
-    key = re.escape(first.group(1)) if first else b""
-    return re.compile(rb"\}\s*,\s*\{\s*" + key)
-
-
-def _boundary(
-    path: Path, buffer: bytes, base: int, stop: re.Pattern[bytes]
-) -> tuple[int, list[Any], bytes | None] | None:
-    """The last record boundary in the buffer, with the records before it."""
-    for window in (1 << 16, 1 << 20):
-        candidates = [m.start() + 1 for m in stop.finditer(buffer, max(0, len(buffer) - window))]
-        for end in reversed(candidates[-4:]):
-            raw = b"[" + buffer[:end] + b"]"
-            try:
-                return end, orjson.loads(raw), raw
-            except orjson.JSONDecodeError:
-                continue
-        if candidates or window >= len(buffer):
-            break
-    cut = _scan(buffer)
-    if cut is None:
-        return None
-    raw = b"[" + buffer[:cut] + b"]"
-    return cut, *_decode(path, raw, base - 1)
-
-
-def _scan(buffer: bytes) -> int | None:
-    """The last record end that structure alone shows: a comma outside every bracket."""
-    depth, last = 0, None
-    for match in _STRUCTURE.finditer(buffer):
-        byte = match.group()
-        if byte == b'"':  # a string that goes on behind the buffer
-            break
-        if byte in b"{[":
-            depth += 1
-        elif byte in b"}]":
-            depth -= 1
-            if depth < 0:  # the array ends here: what follows is judged by the final parse
-                return None
-        elif byte == b"," and depth == 0:
-            last = match.start()
-    return last
-
-
-def _rest(path: Path, buffer: bytes, base: int) -> tuple[list[Any], bytes | None]:
-    raw = b"[" + buffer.rstrip()
-    if raw.endswith(b"]"):
-        return _decode(path, raw, base - 1)
-    cut = _scan(buffer)
-    begin = base + (cut + 1 if cut is not None else 0)
-    if cut is not None:
-        _decode(path, b"[" + buffer[:cut] + b"]", base - 1)  # an earlier error is the true one
-    raise DataError(
-        f"{path}: the file ends at byte {base + len(buffer)}, inside the record that begins at "
-        f"byte {begin}; it is truncated: fetch it again"
-    )
-
-
-def _decode(path: Path, raw: bytes, base: int) -> tuple[list[Any], bytes | None]:
-    """Decodes array text that begins at byte `base` of the file."""
-    try:
-        return orjson.loads(raw), raw
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        # json reads what orjson refuses though it harms nobody here: lone surrogates, raw control
-        # characters, NaN. Such records are judged one by one later.
-        return _loads(raw), None
-    except ValueError as error:
-        raise DataError(
-            f"{path}: not valid JSON at byte {base + _byte(error)} ({_why(error)}); "
-            "the file is broken or truncated: fetch it again"
-        ) from None
-
-
-def _loads(raw: bytes) -> Any:
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        try:
-            return json.loads(raw.decode("utf-8"), strict=False)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-
-
-def _byte(error: ValueError) -> int:
-    if isinstance(error, json.JSONDecodeError):
-        return len(error.doc[: error.pos].encode("utf-8", "surrogatepass"))
-    return error.start if isinstance(error, UnicodeDecodeError) else 0
-
-
-def _why(error: ValueError) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
