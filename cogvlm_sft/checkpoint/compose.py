@@ -36,7 +36,7 @@ from cogvlm_sft.checkpoint.vision_tower import TOWER, open_vision_tower
 from cogvlm_sft.checkpoint.weights import Planned, write_weights
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMConfig
-from cogvlm_sft.model.modeling_cogvlm import inverse_frequencies
+from cogvlm_sft.model.attention_cogvlm import inverse_frequencies
 
 RANDOM = "random"
 _ADAPTER = f"{TOWER}linear_proj."

@@ -42,7 +42,7 @@ from cogvlm_sft.checkpoint.weights import (
 )
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMConfig, CogVLMProcessor
-from cogvlm_sft.model.modeling_cogvlm import inverse_frequencies
+from cogvlm_sft.model.attention_cogvlm import inverse_frequencies
 from cogvlm_sft.tune.groups import GROUPS, group_of
 
 # The released config.json's keys, in its order; the two of CogVLM2 and of other bases where set.

@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from cogvlm_sft.checkpoint.adapter import base_of, is_adapter, wear_adapter
 from cogvlm_sft.checkpoint.positions import resize_positions, with_image_size
 from cogvlm_sft.checkpoint.quantized import nf4_config, settle_quantized
 from cogvlm_sft.checkpoint.staging import staged
-from cogvlm_sft.checkpoint.weights import INDEX, check_fit, read_headers
+from cogvlm_sft.checkpoint.weights import INDEX, Header, check_fit, read_headers, read_tensor
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import (
     CogVLMConfig,
@@ -30,6 +35,7 @@ from cogvlm_sft.model import (
     CogVLMProcessor,
     CogVLMVisionConfig,
 )
+from cogvlm_sft.model.attention_cogvlm import inverse_frequencies
 
 # Buffers that released files hold and newer exports may leave out; they are computed, never read.
 OPTIONAL_SUFFIX = "rotary_emb.inv_freq"
@@ -50,8 +56,12 @@ def load_model(
     quantize: Collection[str] = (),
     base: str | Path | None = None,
     image_size: int | None = None,
+    device: str | torch.device = "cpu",
 ) -> CogVLMForCausalLM:
     """Load a CogVLM from a folder in the released layout, every tensor accounted for.
+
+    Tensors are read one after another and put where they stay: above the model itself, no more
+    than one of them is in memory.
 
     An adapter's folder loads its base and merges the adapter into it; with `quantize` the adapter
     stays beside the 4-bit weights, as it was trained.
@@ -64,6 +74,7 @@ def load_model(
         base: of an adapter, in place of the folder that its configuration names.
         image_size: side of the pictures in pixels, where it is to differ from the checkpoint's;
             the tower's position embedding is interpolated (`checkpoint.positions`).
+        device: where the weights are put; 4-bit ones are made on this process's own device.
 
     Raises:
         CheckpointError: the folder, its configuration or its weights are missing, damaged, or do
@@ -73,20 +84,79 @@ def load_model(
     if is_adapter(folder):
         root = base_of(folder, base)
         model = load_model(
-            root, dtype=dtype, attention=attention, quantize=quantize, image_size=image_size
+            root,
+            dtype=dtype,
+            attention=attention,
+            quantize=quantize,
+            image_size=image_size,
+            device=device,
         )
         return wear_adapter(model, folder, merge=not quantize)
     config = load_config(folder)
-    _check_tensors(folder, config)
+    headers = _check_tensors(folder, config)
+    if quantize:
+        model = _load_quantized(folder, config, torch_dtype(dtype), attention, quantize)
+    else:
+        model = _load_plain(folder, config, headers, torch_dtype(dtype), attention, device)
+    if image_size is not None:
+        resize_positions(model, image_size)
+    return model
+
+
+def _load_plain(
+    folder: Path,
+    config: CogVLMConfig,
+    headers: Mapping[str, Header],
+    dtype: torch.dtype,
+    attention: str,
+    device: str | torch.device,
+) -> CogVLMForCausalLM:
+    """Fills a model without storage, tensor by tensor.
+
+    `from_pretrained` keeps every file mapped until the last tensor is cast, which in another dtype
+    than the files' is all of them on top of the model.
+    """
+    try:
+        with torch.device("meta"):
+            model: CogVLMForCausalLM = CogVLMForCausalLM._from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
+    except (ImportError, ValueError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {error}") from None
+    for name in model.state_dict():
+        module_name, _, kind = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if name in headers:
+            tensor = read_tensor(name, headers[name], dtype, device)
+        else:
+            tensor = inverse_frequencies(config, torch.device(device)).to(dtype)
+        if kind in module._parameters:
+            module.register_parameter(kind, torch.nn.Parameter(tensor))
+        else:
+            module.register_buffer(kind, tensor)
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval()
+
+
+def _load_quantized(
+    folder: Path,
+    config: CogVLMConfig,
+    dtype: torch.dtype,
+    attention: str,
+    quantize: Collection[str],
+) -> CogVLMForCausalLM:
+    """By transformers, whose bitsandbytes integration makes 4-bit weights as it reads."""
     try:
         model, info = CogVLMForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=torch_dtype(dtype),
+            dtype=dtype,
             attn_implementation=attention,
-            quantization_config=nf4_config(config, quantize, torch_dtype(dtype)),
+            quantization_config=nf4_config(config, quantize, dtype),
             # 4-bit weights are made on the device where they stay; others are moved later.
-            device_map={"": _device()} if quantize else None,
+            device_map={"": _device()},
             output_loading_info=True,
             local_files_only=True,
         )
@@ -100,11 +170,9 @@ def load_model(
     ]
     if problems:
         raise CheckpointError(f"{folder}: weights were not loaded whole: {_some(problems)}")
-    if quantize:
-        settle_quantized(model, quantize)
-    if image_size is not None:
-        resize_positions(model, image_size)
-    return model
+    settle_quantized(model, quantize)
+    loaded: CogVLMForCausalLM = model
+    return loaded
 
 
 def build_model(
@@ -320,7 +388,7 @@ def _write_dtype(file: Path, dtype: torch.dtype) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _check_tensors(folder: Path, config: CogVLMConfig) -> None:
+def _check_tensors(folder: Path, config: CogVLMConfig) -> dict[str, Header]:
     """Compare names and shapes in the safetensors headers with the model's, before loading.
 
     Raises:
@@ -334,6 +402,7 @@ def _check_tensors(folder: Path, config: CogVLMConfig) -> None:
         {name: header.file for name, header in headers.items()},
         optional=OPTIONAL_SUFFIX,
     )
+    return headers
 
 
 def expected_shapes(config: CogVLMConfig) -> dict[str, tuple[int, ...]]:

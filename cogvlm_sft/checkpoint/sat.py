@@ -35,10 +35,10 @@ from cogvlm_sft.checkpoint.staging import staged
 from cogvlm_sft.checkpoint.weights import Planned, check_fit, write_weights
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMConfig
-from cogvlm_sft.model.modeling_cogvlm import inverse_frequencies
+from cogvlm_sft.model.attention_cogvlm import inverse_frequencies
 
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_REMAP_BYTES = 2**30  # mapped pages that may be touched before a file is mapped anew
+_REMAP_BYTES = 2**27  # mapped pages that may be touched before a file is mapped anew
 
 # SAT's module names to the released ones; {n} is a layer. Facts of the authors' code (`mixin.py`,
 # and the conversion posted in the repository's issue 241).

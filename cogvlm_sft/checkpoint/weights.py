@@ -89,16 +89,28 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     return found
 
 
-def read_tensor(name: str, header: Header) -> torch.Tensor:
+def read_tensor(
+    name: str,
+    header: Header,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
     """One tensor, in memory of its own.
+
+    Args:
+        name: of the tensor.
+        header: where it is.
+        dtype: to cast a floating tensor to; None keeps the file's.
+        device: to put it on.
 
     Raises:
         CheckpointError: the file was damaged since its header was read.
     """
     try:
         with safe_open(header.file, framework="pt") as tensors:
-            tensor: torch.Tensor = tensors.get_tensor(name).clone()
-            return tensor
+            mapped: torch.Tensor = tensors.get_tensor(name)
+            kept = dtype if dtype is not None and mapped.is_floating_point() else mapped.dtype
+            return mapped.to(device, kept, copy=True)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{header.file}: {name} cannot be read: {error}") from None
 

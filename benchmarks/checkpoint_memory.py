@@ -1,0 +1,132 @@
+"""Peak memory of reading and writing checkpoints, against what must stay.
+
+    python benchmarks/checkpoint_memory.py            2.2 GB in shards of 200 MB, about a minute
+    python benchmarks/checkpoint_memory.py --small    the same at a tenth of the size
+
+A CogVLM of random weights is written in many shards (and as a SAT checkpoint), and each operation
+runs in a process of its own. Its peak resident size (Linux's VmHWM, so mapped pages count), less
+that of the same process with everything imported, must not exceed what stays in memory (the model,
+for loading; nothing, for converting and exporting) plus one shard, plus 20 %.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from cogvlm_sft.checkpoint.load import expected_shapes, make_config
+from cogvlm_sft.checkpoint.weights import Planned, write_weights
+from cogvlm_sft.demo.tokenizer import train_tokenizer
+
+MB = 1_000_000
+_WORKER = """
+import sys
+from cogvlm_sft.checkpoint import export, load, sat
+def resident(kind):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+folder, out, tokenizer = sys.argv[2:]
+open("/proc/self/clear_refs", "w").write("5")  # the highest so far is forgotten
+before = resident("VmRSS")
+if sys.argv[1] == "load":
+    model = load.load_model(folder, dtype="bfloat16")
+elif sys.argv[1] == "load as fp32":
+    model = load.load_model(folder, dtype="float32")
+elif sys.argv[1] == "export":
+    export.export_checkpoint(folder, out, tokenizer=tokenizer, shard_bytes=200_000_000)
+else:
+    sat.convert_sat(folder, out)
+print(resident("VmHWM") - before)
+"""
+
+
+def main() -> int:
+    """Measures every operation; 1 if one exceeds its bound."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="a tenth of the size")
+    small = parser.parse_args().small
+    layers, shard = (4, 20 * MB) if small else (44, 200 * MB)
+    fields = {
+        "vocab_size": 4000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "vision_config": {
+            "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "num_hidden_layers": 2,
+            "image_size": 224, "num_positions": 257,
+        },
+    }  # fmt: skip
+    failed = False
+    with tempfile.TemporaryDirectory() as root:
+        folder, sat = Path(root, "checkpoint"), Path(root, "sat")
+        tokenizer = train_tokenizer(["Question: 7 Answer: 7"] * 20, Path(root, "tokenizer"), 320)
+        size = write_checkpoint(folder, fields, shard)
+        write_sat(folder, sat)
+        count = len(list(folder.glob("model-*")))
+        print(f"{size / 1e9:.2f} GB in {count} shards of {shard / MB:.0f} MB")
+        for what, source, stays in (
+            ("load", folder, size),
+            ("load as fp32", folder, 2 * size),
+            ("export", folder, 0),
+            ("convert", sat, 0),
+        ):
+            out = Path(root, f"out {what}")
+            arguments = [what, str(source), str(out), str(tokenizer)]
+            done = subprocess.run(
+                [sys.executable, "-c", _WORKER, *arguments], capture_output=True, text=True
+            )
+            if done.returncode:
+                print(done.stderr)
+                return 1
+            peak = int(done.stdout)
+            bound = 1.2 * stays + shard * 1.2
+            failed |= peak > bound
+            print(
+                f"{what:<13} peak {peak / MB:6.0f} MB, of which stays {stays / MB:6.0f} MB, "
+                f"bound {bound / MB:6.0f} MB{'  EXCEEDED' if peak > bound else ''}"
+            )
+    return int(failed)
+
+
+def write_checkpoint(folder: Path, fields: dict, shard: int) -> int:
+    """Random bf16 weights in the released layout; returns their bytes."""
+    folder.mkdir()
+    config = make_config(fields)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
+
+    tensors = [
+        Planned(name, shape, torch.bfloat16, lambda shape=shape: draw(shape))
+        for name, shape in expected_shapes(config).items()
+    ]
+    write_weights(folder, tensors, shard_bytes=shard)
+    config.save_pretrained(folder)
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def write_sat(folder: Path, out: Path) -> None:
+    """The same weights as one SAT file, under SAT's names."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from tests.checkpoint.conftest import tensors_of
+    from tests.checkpoint.test_sat import sat_name
+
+    out.mkdir()
+    state = {
+        sat_name(name): tensor
+        for name, tensor in tensors_of(folder).items()
+        if not name.endswith("inv_freq")
+    }
+    torch.save({"module": state}, out / "mp_rank_00_model_states.pt")
+    described = {"num_attention_heads": 8, "eva_args": {"num_attention_heads": 4}}
+    (out / "model_config.json").write_text(json.dumps(described))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
