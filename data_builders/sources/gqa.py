@@ -31,7 +31,8 @@ class Gqa(Source):
     license = "CC-BY-4.0"
     home = "cs.stanford.edu/people/dorarad/gqa/download.html"
     files = (
-        File("train_balanced_questions.json", 0, "943k questions, in questions1.2.zip"),
+        File("questions1.2.zip", 1_400_000_000, "holds the files below"),
+        File("train_balanced_questions.json", 0, "943k questions"),
         File("val_balanced_questions.json", 0, "held out"),
         File("testdev_balanced_questions.json", 0, "12,578; held out"),
     )
