@@ -8,9 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from cogvlm_sft.data.packing import SharedImageCollator
-from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM
+from cogvlm_sft.model import (
+    CogVLMConfig,
+    CogVLMForCausalLM,
+    CogVLMImageProcessor,
+    CogVLMProcessor,
+)
 
 # 90,572,544 parameters; 256 patches, 258 image tokens.
 MEDIUM = {
@@ -88,6 +95,20 @@ def shared(config: CogVLMConfig, items: Sequence[dict[str, Any]]) -> dict[str, t
     """Conversations packed into one row, each picture once."""
     processor: Any = SimpleNamespace(num_image_tokens=config.num_image_tokens)
     return SharedImageCollator(processor)(items)
+
+
+def processor_for(config: CogVLMConfig) -> CogVLMProcessor:
+    """With a tokenizer that knows one word."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "word": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return CogVLMProcessor(
+        CogVLMImageProcessor.for_config(config),
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>",
+        ),
+    )  # fmt: skip
 
 
 RESULTS = Path("benchmarks/results")

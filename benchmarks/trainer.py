@@ -6,11 +6,10 @@ import tempfile
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
+from benchmarks.models import processor_for
 from cogvlm_sft.data.packing import SharedImageCollator
-from cogvlm_sft.model import CogVLMForCausalLM, CogVLMImageProcessor, CogVLMProcessor
+from cogvlm_sft.model import CogVLMForCausalLM
 from cogvlm_sft.recipe import recipe_from_dict
 from cogvlm_sft.training.arguments import training_arguments
 from cogvlm_sft.training.samplers import GlobalBatchSampler
@@ -19,11 +18,7 @@ from cogvlm_sft.training.trainer import CogVLMTrainer
 
 def trainer_for(model: CogVLMForCausalLM) -> CogVLMTrainer:
     """Set up as `cogvlm_sft.training.run` does, with the tower frozen; its data are never read."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>")),
-        unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>",
-    )  # fmt: skip
-    processor = CogVLMProcessor(CogVLMImageProcessor.for_config(model.config), tokenizer)
+    processor = processor_for(model.config)
     folder = tempfile.mkdtemp()
     recipe = recipe_from_dict(
         {

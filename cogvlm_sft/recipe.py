@@ -107,6 +107,8 @@ class DataSection(Section):
         share_images: compute a picture once for all conversations about it that stand in a step,
             which then come together; same loss, fewer tokens. micro_batch_size is then a mean.
         token_budget: with share_images, most tokens of a micro-batch.
+        reduced_decode: decode JPEGs of more than twice the model's picture size at a half, a
+            quarter or an eighth of their scale: faster, and pixels differ by about a grey level.
         length_window: so many steps are sorted by length together, so that the conversations of a
             micro-batch are alike; 1 sorts within a step only, which does not change it.
     """
@@ -119,6 +121,7 @@ class DataSection(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     share_images: bool = False
     token_budget: PositiveInt | None = None
+    reduced_decode: bool = False
     length_window: PositiveInt = 1
 
 

@@ -128,6 +128,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         max_length: Most tokens of a row.
         loss_on: `all` or `last`.
         seed: Chooses the subset of a fractional weight.
+        reduced_decode: Decode large JPEGs at reduced scale (see `read_picture`).
 
     Raises:
         DataError: At the first bad record, naming file and line; see `preflight`.
@@ -141,6 +142,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         max_length: int | None = None,
         loss_on: LossOn = "all",
         seed: int = 0,
+        reduced_decode: bool = False,
     ) -> None:
         if not sources:
             raise DataError("data.train names no source; give at least one path")
@@ -153,6 +155,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.max_length = max_length
         self.loss_on = loss_on
         self.seed = seed
+        self.reduced_decode = reduced_decode
         self._files: list[Path] = []
         # One entry a row of a single pass: file, byte offset, line number, part.
         self._file, self._offset = array("i"), array("q")
@@ -239,7 +242,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def _pixels(self, file: Path, where: str) -> torch.Tensor:
         """(1, 3, S, S) of a picture file."""
-        picture = read_picture(file, where)
+        side = self.processor.image_processor.size["height"] if self.reduced_decode else None
+        picture = read_picture(file, where, side)
         return self.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
 
     def conversation(self, index: int) -> tuple[Conversation, str]:

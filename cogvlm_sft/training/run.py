@@ -276,6 +276,7 @@ def _dataset(
         max_length=recipe.data.max_length,
         loss_on=recipe.data.loss_on,
         seed=recipe.train.seed,
+        reduced_decode=recipe.data.reduced_decode,
     )
 
 
