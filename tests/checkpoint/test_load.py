@@ -11,11 +11,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from cogvlm_sft.checkpoint.load import load_config, load_model, load_processor
+from cogvlm_sft.checkpoint.load import (
+    build_processor,
+    load_config,
+    load_model,
+    load_processor,
+    make_config,
+)
 from cogvlm_sft.checkpoint.positions import POSITION_EMBEDDING, interpolate_positions
 from cogvlm_sft.errors import CheckpointError
-from tests.checkpoint.conftest import GOLDEN, assert_same, tensors_of
+from tests.checkpoint.conftest import GOLDEN, VISION, assert_same, tensors_of
 
 CASES = ("single_image", "batch2_left", "two_images_interleaved", "image_last")
 
@@ -188,3 +196,27 @@ def test_a_picture_size_that_does_not_fit(checkpoint: Path) -> None:
         load_model(checkpoint, image_size=100)
     with pytest.raises(CheckpointError, match=r"multiple of 28 .* halved by the convolution"):
         load_model(GOLDEN / "golden_v2", image_size=70)
+
+
+def test_llama3_s_tokenizer_takes_the_configured_pad(tmp_path: Path) -> None:
+    """It names none; CogVLM2's config.json takes a reserved token, and placeholders hold it."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["What is it?"], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=special[0], eos_token=special[1]
+    ).save_pretrained(tmp_path)
+    fields = {"bos_token_id": 0, "eos_token_id": [1, 5], "pad_token_id": 2, "vocab_size": 300}
+    config = make_config({"num_multi_query_heads": 8, **fields, "vision_config": VISION})
+    processor = build_processor(config, tmp_path)
+    assert processor.tokenizer.pad_token_id == 2
+    row = processor.encode_prompt("What is it?")
+    kinds = zip(row["input_ids"], row["token_type_ids"], strict=True)
+    assert [token for token, kind in kinds if kind] == [2] * config.num_image_tokens
