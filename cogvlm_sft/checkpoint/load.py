@@ -6,24 +6,26 @@ fresh weights in it. Saving writes beside the target and renames, so a reader ne
 checkpoint. Only safetensors is read: the older `.bin` files are pickles, which can run code.
 """
 
-import difflib
 import json
 import os
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
 )
 
 from cogvlm_sft.checkpoint.adapter import base_of, is_adapter, wear_adapter
-from cogvlm_sft.checkpoint.positions import resize_positions, with_image_size
+from cogvlm_sft.checkpoint.config import load_config, make_config
+from cogvlm_sft.checkpoint.positions import resize_positions
+from cogvlm_sft.checkpoint.processor import (
+    build_processor,
+    load_processor,
+    load_tokenizer,
+    save_processor,
+)
 from cogvlm_sft.checkpoint.quantized import nf4_config, settle_quantized
 from cogvlm_sft.checkpoint.staging import staged
 from cogvlm_sft.checkpoint.weights import INDEX, Header, check_fit, read_headers, read_tensor
@@ -31,20 +33,12 @@ from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import (
     CogVLMConfig,
     CogVLMForCausalLM,
-    CogVLMImageProcessor,
     CogVLMProcessor,
-    CogVLMVisionConfig,
 )
 from cogvlm_sft.model.attention_cogvlm import inverse_frequencies
 
 # Buffers that released files hold and newer exports may leave out; they are computed, never read.
 OPTIONAL_SUFFIX = "rotary_emb.inv_freq"
-# Keys of config.json that are no field of ours: transformers' of other versions, and derived ones.
-_WRITTEN_BY_OTHERS = {
-    *PreTrainedConfig().to_dict(),
-    *("auto_map", "torch_dtype", "transformers_version", "rope_scaling", "rope_parameters"),
-    *("num_key_value_heads", "num_image_tokens", "head_dim", "model_type"),
-}
 _SHARD_SIZE = "5GB"  # as the released repositories are cut
 
 
@@ -192,62 +186,6 @@ def build_model(
     return model
 
 
-def make_config(fields: Mapping[str, Any], where: str = "model.config") -> CogVLMConfig:
-    """A configuration from its fields, unknown ones refused.
-
-    Raises:
-        CheckpointError: an unknown field, or sizes that contradict each other.
-    """
-    vision = fields.get("vision_config") or {}
-    if not isinstance(vision, Mapping):
-        raise CheckpointError(f"{where}.vision_config is {vision!r}, expected a mapping")
-    _refuse_unknown(fields, where)
-    _refuse_unknown(vision, f"{where}.vision_config", CogVLMVisionConfig())
-    try:
-        return CogVLMConfig(**fields)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: {error}") from None
-
-
-def load_config(folder: str | Path) -> CogVLMConfig:
-    """The configuration of a checkpoint folder.
-
-    Raises:
-        CheckpointError: no folder, no config.json, or one that is not a CogVLM's.
-    """
-    path = Path(folder)
-    if is_adapter(path):
-        path = base_of(path)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"checkpoint folder {path} does not exist; expected a folder in the released layout "
-            "(config.json and *.safetensors), given as a local path"
-        )
-    file = path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{path} holds no config.json, so it is not a checkpoint folder")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("vision_config"), dict):
-        raise CheckpointError(
-            f"{file}: no vision_config in it, so this is not a CogVLM "
-            f"(architectures: {raw.get('architectures') if isinstance(raw, dict) else None})"
-        )
-    vision = raw["vision_config"]
-    _refuse_unknown({k: v for k, v in raw.items() if k not in _WRITTEN_BY_OTHERS}, str(file))
-    _refuse_unknown(
-        {k: v for k, v in vision.items() if k not in _WRITTEN_BY_OTHERS},
-        f"{file}: vision_config",
-        CogVLMVisionConfig(),
-    )
-    try:
-        return CogVLMConfig.from_pretrained(path, local_files_only=True)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {error}") from None
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a folder's weights, in the index's order.
 
@@ -279,57 +217,6 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(
         f"{folder} holds no weights; expected model.safetensors or "
         "model.safetensors.index.json with its shards"
-    )
-
-
-def load_processor(
-    path: str | Path, tokenizer: str | Path | None = None, *, image_size: int | None = None
-) -> CogVLMProcessor:
-    """The processor of a checkpoint folder.
-
-    Args:
-        path: checkpoint folder; released ones hold no tokenizer.
-        tokenizer: tokenizer folder to use instead of the checkpoint's own.
-        image_size: side of the pictures in pixels, as given to `load_model`.
-
-    Raises:
-        CheckpointError: neither folder holds a tokenizer.
-    """
-    folder = Path(path)
-    config = load_config(folder)
-    if is_adapter(folder) and not (folder / "processor_config.json").is_file():
-        folder = base_of(folder)  # an adapter that another tool wrote
-    if image_size is not None:
-        return build_processor(
-            with_image_size(config, image_size), folder if tokenizer is None else tokenizer
-        )
-    if tokenizer is None and (folder / "processor_config.json").is_file():
-        _check_tokenizer(folder)
-        processor: CogVLMProcessor = CogVLMProcessor.from_pretrained(folder, local_files_only=True)
-        return processor
-    return build_processor(config, folder if tokenizer is None else tokenizer)
-
-
-def build_processor(
-    config: CogVLMConfig, tokenizer: str | Path | PreTrainedTokenizerBase
-) -> CogVLMProcessor:
-    """A processor for a configuration: its picture size and style, with a tokenizer or its folder.
-
-    Raises:
-        CheckpointError: the folder is missing or holds no tokenizer, or its vocabulary is larger
-            than the model's.
-    """
-    loaded = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
-    if len(loaded) > config.vocab_size:
-        raise CheckpointError(
-            f"{loaded.name_or_path}: the tokenizer has {len(loaded)} tokens, the model's "
-            f"vocab_size is {config.vocab_size}; expected at most that many"
-        )
-    if loaded.pad_token is None and config.pad_token_id is not None:
-        # Llama-3's tokenizer names none; CogVLM2's configuration takes a reserved one.
-        loaded.pad_token = loaded.convert_ids_to_tokens(config.pad_token_id)
-    return CogVLMProcessor(
-        CogVLMImageProcessor.for_config(config), loaded, style=config.template_version
     )
 
 
@@ -370,17 +257,6 @@ def save_checkpoint(
     return Path(out)
 
 
-def save_processor(processor: CogVLMProcessor, folder: Path) -> None:
-    """Writes a processor with its tokenizer, `tokenizer.model` included where there was one.
-
-    transformers writes tokenizer.json alone; llama.cpp and LMDeploy read the sentencepiece file.
-    """
-    processor.save_pretrained(folder)
-    model = Path(processor.tokenizer.name_or_path) / "tokenizer.model"
-    if model.is_file():
-        shutil.copyfile(model, folder / "tokenizer.model")
-
-
 def _write_dtype(file: Path, dtype: torch.dtype) -> None:
     """save_pretrained writes the module's dtype (fp32 masters), not that of the weights on disk."""
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -412,49 +288,6 @@ def expected_shapes(config: CogVLMConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder.
-
-    Raises:
-        CheckpointError: it holds none, or a damaged one.
-    """
-    _check_tokenizer(folder)
-    try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
-    return loaded
-
-
-def _check_tokenizer(folder: Path) -> None:
-    if not folder.is_dir():
-        raise CheckpointError(f"tokenizer folder {folder} does not exist")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise CheckpointError(
-            f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model); the released "
-            "CogVLM repositories carry none: give lmsys/vicuna-7b-v1.5's folder as the tokenizer"
-        )
-
-
-def _refuse_unknown(
-    fields: Mapping[str, Any], where: str, kind: PreTrainedConfig | None = None
-) -> None:
-    known = (kind or CogVLMConfig()).to_dict()
-    if kind is None:
-        known |= {"num_multi_query_heads": None, "rope_theta": None}
-    for key, value in fields.items():
-        if type(known.get(key)) is int and not isinstance(value, int | list):
-            raise CheckpointError(f"{where}: {key} is {value!r}, expected a whole number")
-        if key not in known and not key.startswith("_"):
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise CheckpointError(
-                f"{where}: unknown field {key!r}; did you mean {near[0]!r}? ({where} holds the "
-                "fields of config.json)"
-            )
-
-
 def _device() -> str:
     """Where this process computes."""
     if not torch.cuda.is_available():
@@ -481,3 +314,20 @@ def _some(names: Any, limit: int = 3) -> str:
     listed = [str(name) for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return (", ".join(listed[:limit]) or "none") + more
+
+
+__all__ = [
+    "OPTIONAL_SUFFIX",
+    "build_model",
+    "build_processor",
+    "expected_shapes",
+    "load_config",
+    "load_model",
+    "load_processor",
+    "load_tokenizer",
+    "make_config",
+    "save_checkpoint",
+    "save_processor",
+    "torch_dtype",
+    "weight_files",
+]
