@@ -39,6 +39,7 @@ def main() -> int:
         _command("data", "build", str(packaged_recipes()["demo/pretrain_data"])).wait()
         recipe = ["train", "demo/pretrain", f"train.iterations={options.steps}"]
         recipe += ["train.save_every=7", "train.keep_snapshots=2", "train.log_every=1"]
+        recipe += ["train.global_batch_size=4", "train.micro_batch_size=4"]
         whole, broken = HOME / "whole", HOME / "broken"
         _command(*recipe, f"train.output={whole}").wait()
 
