@@ -31,6 +31,7 @@ from cogvlm_sft.checkpoint.load import (
     save_processor,
     torch_dtype,
 )
+from cogvlm_sft.checkpoint.sat_names import COMPUTED, LORA, released_name
 from cogvlm_sft.checkpoint.staging import staged
 from cogvlm_sft.checkpoint.weights import Planned, check_fit, write_weights
 from cogvlm_sft.errors import CheckpointError
@@ -39,57 +40,6 @@ from cogvlm_sft.model.attention_cogvlm import inverse_frequencies
 
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _REMAP_BYTES = 2**27  # mapped pages that may be touched before a file is mapped anew
-
-# SAT's module names to the released ones; {n} is a layer. Facts of the authors' code (`mixin.py`,
-# and the conversion posted in the repository's issue 241).
-_EVA = "mixins.eva.vit_model."
-_NAMES = {
-    "transformer.word_embeddings": "model.embed_tokens",
-    "transformer.final_layernorm": "model.norm",
-    "mixins.lm.lm_head": "lm_head",
-    "transformer.layers.{n}.input_layernorm": "model.layers.{n}.input_layernorm",
-    "transformer.layers.{n}.post_attention_layernorm": "model.layers.{n}.post_attention_layernorm",
-    "transformer.layers.{n}.attention.query_key_value": (
-        "model.layers.{n}.self_attn.language_expert_query_key_value"
-    ),
-    "transformer.layers.{n}.attention.dense": "model.layers.{n}.self_attn.language_expert_dense",
-    "transformer.layers.{n}.mlp.dense_h_to_4h": "model.layers.{n}.mlp.language_mlp.up_proj",
-    "transformer.layers.{n}.mlp.dense_4h_to_h": "model.layers.{n}.mlp.language_mlp.down_proj",
-    "mixins.mlp.gate_proj.{n}": "model.layers.{n}.mlp.language_mlp.gate_proj",
-    "mixins.mlp.vision_dense_h_to_4h_list.{n}": "model.layers.{n}.mlp.vision_mlp.up_proj",
-    "mixins.mlp.vision_dense_4h_to_h_list.{n}": "model.layers.{n}.mlp.vision_mlp.down_proj",
-    "mixins.mlp.vision_gate_proj.{n}": "model.layers.{n}.mlp.vision_mlp.gate_proj",
-    "mixins.rotary.vision_query_key_value_list.{n}": (
-        "model.layers.{n}.self_attn.vision_expert_query_key_value"
-    ),
-    "mixins.rotary.vision_dense_list.{n}": "model.layers.{n}.self_attn.vision_expert_dense",
-    f"{_EVA}mixins.patch_embedding.proj": "model.vision.patch_embedding.proj",
-    f"{_EVA}transformer.position_embeddings": "model.vision.patch_embedding.position_embedding",
-    **{
-        f"{_EVA}transformer.layers.{{n}}.{theirs}": f"model.vision.transformer.layers.{{n}}.{ours}"
-        for theirs, ours in (
-            ("input_layernorm", "input_layernorm"),
-            ("post_attention_layernorm", "post_attention_layernorm"),
-            ("attention.query_key_value", "attention.query_key_value"),
-            ("attention.dense", "attention.dense"),
-            ("mlp.dense_h_to_4h", "mlp.fc1"),
-            ("mlp.dense_4h_to_h", "mlp.fc2"),
-        )
-    },
-    **{
-        f"mixins.eva.linear_proj.{part}": f"model.vision.linear_proj.{part}"
-        for part in ("linear_proj", "norm1", "dense_h_to_4h", "gate_proj", "dense_4h_to_h")
-    },
-}
-# Parameters that belong to no module of the table.
-_SINGLE = {
-    "mixins.eva.boi": "model.vision.boi",
-    "mixins.eva.eoi": "model.vision.eoi",
-    f"{_EVA}transformer.word_embeddings.weight": "model.vision.patch_embedding.cls_embedding",
-}
-_COMPUTED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
-_PART = re.compile(r"(?P<module>.+?)\.(?P<kind>original\.weight|original\.bias|weight|bias)")
-_LORA = re.compile(r"(?P<module>.+)\.matrix_[AB]\.\d+")
 
 
 @dataclass
@@ -142,7 +92,7 @@ class SatCheckpoint:
     @property
     def lora(self) -> bool:
         """Whether LoRA matrices stand beside the weights."""
-        return any(_LORA.fullmatch(name) for name in self.ranks[0].state)
+        return any(LORA.fullmatch(name) for name in self.ranks[0].state)
 
 
 def convert_sat(
@@ -288,14 +238,14 @@ def _parts(ranks: list[_Rank]) -> dict[str, str]:
     """
     parts: dict[str, str] = {}
     for name, tensor in ranks[0].state.items():
-        if _COMPUTED.fullmatch(name) or _LORA.fullmatch(name):
+        if COMPUTED.fullmatch(name) or LORA.fullmatch(name):
             continue
         if tensor.dtype == torch.uint8:
             raise CheckpointError(
                 f"{ranks[0].file}: {name} is 4-bit; expected 16 or 32 bits (merge the QLoRA run "
                 "with SAT first, or convert the checkpoint it started from)"
             )
-        ours = _SINGLE.get(name) or _released(name)
+        ours = released_name(name)
         if ours is None:
             raise CheckpointError(f"{ranks[0].file}: {name} is no tensor of a CogVLM")
         parts[ours] = name
@@ -306,19 +256,6 @@ def _parts(ranks: list[_Rank]) -> dict[str, str]:
                 f"({', '.join(sorted(differing)[:3])}); expected ranks of one checkpoint"
             )
     return parts
-
-
-def _released(name: str) -> str | None:
-    """The released name of a weight or bias, by the table."""
-    match = _PART.fullmatch(name)
-    if match is None:
-        return None
-    kind = match["kind"].removeprefix("original.")
-    module = match["module"]
-    layer = re.search(r"(?<=\.)\d+(?=\.|$)", module)
-    table = module if layer is None else f"{module[: layer.start()]}{{n}}{module[layer.end() :]}"
-    ours = _NAMES.get(table)
-    return None if ours is None else f"{ours.format(n=layer[0] if layer else '')}.{kind}"
 
 
 def _joined(
