@@ -59,7 +59,15 @@ def _estimate(arguments: argparse.Namespace) -> int:
     from cogvlm_sft.training.estimate import estimate
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    print(estimate(recipe, gpus=arguments.gpus, gpu_memory_gib=arguments.gpu_memory).table())
+    found = estimate(
+        recipe,
+        gpus=arguments.gpus,
+        gpu_memory_gib=arguments.gpu_memory,
+        nodes=arguments.nodes,
+        mfu=arguments.mfu,
+        peak_tflops=arguments.peak_tflops,
+    )
+    print(found.table())
     return 0
 
 
@@ -314,17 +322,34 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "estimate",
         _estimate,
-        "memory that a recipe needs, by part",
+        "memory that a recipe needs by part, what fits, operations and GPU-hours",
         "cogvlm-sft estimate chat --gpus 8 --gpu-memory 80",
     )
     _recipe_arguments(estimate)
-    estimate.add_argument("--gpus", type=int, default=1, metavar="N", help="default 1")
+    estimate.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="of one machine, default 1"
+    )
+    estimate.add_argument("--nodes", type=int, default=1, metavar="M", help="machines, default 1")
     estimate.add_argument(
         "--gpu-memory",
         type=float,
         default=80.0,
         metavar="GIB",
         help="memory of one GPU in GiB, default 80",
+    )
+    estimate.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="share of the peak that the hours assume, default 0.4",
+    )
+    estimate.add_argument(
+        "--peak-tflops",
+        type=float,
+        default=989.0,
+        metavar="T",
+        help="dense bf16 peak of one GPU, default 989 (H100 SXM)",
     )
 
     evaluate = _add(

@@ -1,16 +1,13 @@
-"""Memory that a recipe needs, by part, from the meta device: nothing is loaded or allocated.
+"""What a recipe needs before the GPU time starts: memory by part, what fits, operations and hours.
 
-Weights, gradients and optimizer state are exact counts. Activations are a model of what autograd
-keeps: per token and decoder layer twelve hidden-wide and four MLP-wide tensors (norm inputs, QKV
-before and after RoPE, attention output, gate, up, their product), or only the layer's input with
-gradient checkpointing plus the one layer that is being recomputed; the gradients of one layer; a
-tower that learns adds its own. Scores of attention are not kept (sdpa and flash do not build them;
-with `eager` they are added). Workspace is a flat allowance. On a CPU the sum was within 10 % of the
-measured peak (models of 29M parameters, micro-batch 4 and 16, with and without checkpointing); on
-GPUs it has not been measured.
+Everything comes from shapes on the meta device, in seconds: nothing is loaded. Memory is that of
+`memory.py`, for each way of spreading the work that can run the recipe; 4-bit weights are spread by
+DDP only. Operations are those of `flops.py`, GPU-hours follow from a stated share of a stated peak.
+On a CPU the sum was within 10 % of the measured peak (`benchmarks/memory.py`, the table in
+docs/memory.md); on a GPU it has not been measured.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,33 +15,39 @@ import torch
 
 from cogvlm_sft.checkpoint.load import load_config, make_config
 from cogvlm_sft.checkpoint.positions import with_image_size
-from cogvlm_sft.errors import CheckpointError
+from cogvlm_sft.errors import CheckpointError, RecipeError
 from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM
 from cogvlm_sft.recipe import Recipe
-from cogvlm_sft.tune.groups import (
-    GroupSummary,
-    group_of,
-    group_table,
-    set_trainable,
-    summarize_groups,
-)
+from cogvlm_sft.training import memory
+from cogvlm_sft.training.flops import Work, training_flops
+from cogvlm_sft.tune.groups import GroupSummary, group_table
 
 GIB = 2**30
-_MASTER_BYTES = 4  # fp32 weights of what learns
-_GRADIENT_BYTES = 4
-_ADAM_BYTES = 8  # two fp32 moments
 _TEXT_ALLOWANCE = 512  # tokens of text behind the image where the recipe sets no max_length
-_SLACK = 1.1  # what the allocator holds beyond what is asked for
-_WORKSPACE_BYTES = {"cuda": 1.5 * GIB, "cpu": 0.5 * GIB}
+_SLACK = 1.06  # what the allocator holds of activations beyond what is asked for
+# The CUDA context, cuBLAS and the kernels' own; on a CPU, libraries' buffers.
+_WORKSPACE_BYTES = {"cuda": 1.25 * GIB, "cpu": 0.03 * GIB}
+_OVERLAP = (
+    "activations: what they take beyond the gradients, which a step of one micro-batch makes while "
+    "they go"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes on one device under one way of spreading the work."""
+    """Bytes on one device under one way of spreading the work.
+
+    Attributes:
+        name: "1 GPU", "CPU", "DDP", "FSDP2" or "ZeRO-3".
+        parts: part to bytes.
+        largest_micro_batch: conversations of the assumed length that fit; 0 if none does.
+        longest_text: tokens of text behind one picture that fit at micro-batch 1; 0 if none does.
+    """
 
     name: str
     parts: Mapping[str, float]
     largest_micro_batch: int
+    longest_text: int
 
     @property
     def total(self) -> float:
@@ -54,33 +57,57 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What `estimate` found; `table()` prints it."""
+    """What `estimate` found; `table()` prints it.
+
+    Attributes:
+        source, model: the recipe, and where its model's shapes came from.
+        groups: lines of the group table.
+        plans: one for each way of spreading.
+        gpus, nodes, gpu_memory_gib: as asked.
+        tokens: length of a conversation that is assumed, and `image_tokens` of it.
+        micro_batch_size, global_batch_size, iterations: the recipe's.
+        step_flops: operations of one optimizer step, over all GPUs.
+        mfu, peak_flops: as asked.
+    """
 
     source: str
     model: str
     groups: tuple[GroupSummary, ...]
     plans: tuple[MemoryPlan, ...]
     gpus: int
+    nodes: int
     gpu_memory_gib: float
     tokens: int
+    image_tokens: int
     micro_batch_size: int
+    global_batch_size: int
+    iterations: int
+    step_flops: float
+    mfu: float
+    peak_flops: float
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole run, all GPUs added up."""
+        return self.step_flops * self.iterations / (self.mfu * self.peak_flops) / 3600
 
     def table(self) -> str:
-        """Parameters per group, then memory by part with a column for each plan."""
+        """Parameters per group, memory by part with a column for each plan, and the work."""
+        capacity = self.gpu_memory_gib * GIB
         rows = [("GiB per GPU", *(plan.name for plan in self.plans))]
         rows += [
             (part, *(f"{plan.parts[part] / GIB:,.2f}" for plan in self.plans))
             for part in self.plans[0].parts
         ]
-        rows.append(("total", *(f"{plan.total / GIB:,.2f}" for plan in self.plans)))
-        capacity = self.gpu_memory_gib * GIB
-        rows.append(
+        rows += [
+            ("total", *(f"{plan.total / GIB:,.2f}" for plan in self.plans)),
             (
                 f"fits {self.gpu_memory_gib:g} GiB",
                 *("yes" if plan.total <= capacity else "no" for plan in self.plans),
-            )
-        )
-        rows.append(("largest micro-batch", *(str(p.largest_micro_batch) for p in self.plans)))
+            ),
+            ("largest micro-batch", *(f"{plan.largest_micro_batch:,}" for plan in self.plans)),
+            ("longest text, tokens", *(f"{plan.longest_text:,}" for plan in self.plans)),
+        ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
             "  ".join(
@@ -89,63 +116,124 @@ class Estimate:
             )
             for row in rows
         ]
+        processes = self.gpus * self.nodes
+        hours = self.gpu_hours
+        overlap = self.micro_batch_size * processes >= self.global_batch_size
         return "\n".join(
             [
                 f"{self.source}: {self.model}",
                 "",
                 group_table(self.groups),
                 "",
-                f"micro-batch {self.micro_batch_size}, {self.tokens} tokens a conversation, "
-                f"{self.gpus} GPU(s)",
+                f"micro-batch {self.micro_batch_size}, {self.tokens} tokens a conversation "
+                f"({self.image_tokens} of a picture), {processes} GPU(s)",
                 *lines,
+                *([_OVERLAP] if overlap else []),
+                "",
+                f"work: {self.step_flops / 1e12:,.1f} TFLOP a step of {self.global_batch_size} "
+                f"such conversations, {self.step_flops * self.iterations:.2e} FLOP in "
+                f"{self.iterations:,} steps",
+                f"time: {hours:,.1f} GPU-hours, {hours / processes:,.1f} h on {processes} GPU(s), "
+                f"at {self.mfu:.0%} of {self.peak_flops / 1e12:,.0f} TFLOP/s a GPU",
             ]
         )
 
 
 def estimate(
-    recipe: Recipe, gpus: int = 1, gpu_memory_gib: float = 80.0, device: str = "cuda"
+    recipe: Recipe,
+    gpus: int = 1,
+    gpu_memory_gib: float = 80.0,
+    device: str = "cuda",
+    *,
+    nodes: int = 1,
+    mfu: float = 0.4,
+    peak_tflops: float = 989.0,
 ) -> Estimate:
-    """Estimate a recipe's memory per GPU.
+    """Estimate a recipe's memory per GPU and its work.
 
     Args:
         recipe: where its checkpoint folder is missing, the released CogVLM-17B at 490 px is taken
-            (and said so).
-        gpus: processes that train together; with one there is one plan, else DDP and FSDP2.
+            (and said so). Conversations are taken to be `data.max_length` long, or a picture and
+            512 tokens of text: memory must hold the longest; the work is then an upper bound.
+        gpus: of one machine.
         gpu_memory_gib: memory of one device.
         device: "cuda" or "cpu", for the workspace allowance.
+        nodes: machines.
+        mfu: share of the peak that is assumed, 0 to 1.
+        peak_tflops: dense bf16 peak of one GPU in 1e12 operations a second; 989 is an H100 SXM.
+
+    Raises:
+        RecipeError: a number is not positive.
     """
+    for name, value in (("gpus", gpus), ("nodes", nodes), ("gpu-memory", gpu_memory_gib)):
+        if value <= 0:
+            raise RecipeError(f"estimate: {name} is {value}; expected more than 0")
+    if not 0 < mfu <= 1 or peak_tflops <= 0:
+        raise RecipeError(
+            f"estimate: mfu is {mfu} and peak-tflops {peak_tflops}; expected a share of 1 and more "
+            "than 0"
+        )
     config, model_name = model_config(recipe)
-    rates = recipe.tune.trainable()
     with torch.device("meta"):
         model = CogVLMForCausalLM(config)
-    set_trainable(model, rates)
-    groups = summarize_groups(model, learning_rate=recipe.train.learning_rate, rates=rates)
-    states = _states(model, recipe)
+    found = memory.pieces(model, recipe)
+    whole = memory.states(found, recipe)
     tokens = recipe.data.max_length or config.num_image_tokens + 1 + _TEXT_ALLOWANCE
-    activations = _activations(config, recipe, tokens)
-    names = ["1 GPU"] if gpus == 1 else ["DDP", "FSDP2"]
-    if device == "cpu":
-        names = [name.replace("1 GPU", "CPU") for name in names]
-    plans = [
-        _plan(
+    capacity, processes = gpu_memory_gib * GIB, gpus * nodes
+
+    def plan(name: str) -> MemoryPlan:
+        held = memory.spread(name, whole, found, recipe, processes)
+        workspace = _WORKSPACE_BYTES[device]
+        room = capacity - sum(held.values()) - workspace
+
+        def passing(length: int, rows: int) -> dict[str, float]:
+            parts = memory.activations(config, recipe, length, rows)
+            parts = {part: _SLACK * size for part, size in parts.items()}
+            if rows * processes >= recipe.train.global_batch_size:
+                # One micro-batch a step: gradients take the place of activations as these go.
+                parts["activations"] = max(0.0, parts["activations"] - held["gradients"])
+            return parts
+
+        shortest = config.num_image_tokens + 2
+        longest = _largest(lambda text: sum(passing(shortest + text, 1).values()) <= room)
+        return MemoryPlan(
             name,
-            states if name != "FSDP2" else _sharded(states, model, recipe, gpus),
-            activations,
-            recipe.train.micro_batch_size,
-            _WORKSPACE_BYTES[device],
-            gpu_memory_gib * GIB,
+            {
+                **held,
+                **passing(tokens, recipe.train.micro_batch_size),
+                "workspace": workspace,
+            },
+            _largest(lambda rows: sum(passing(tokens, rows).values()) <= room),
+            min(longest, config.max_position_embeddings) if longest else 0,
         )
-        for name in names
-    ]
+
+    names = ["CPU" if device == "cpu" else "1 GPU"]
+    if processes > 1:
+        names = ["DDP"] if recipe.model.quantize else ["DDP", "FSDP2", "ZeRO-3"]
+    full = {name for name, group in recipe.tune.groups().items() if group.mode == "full"}
+    images = config.num_image_tokens if tokens > config.num_image_tokens else 0
+    work = Work(
+        tokens=tokens,
+        squares=tokens**2,
+        images=1 if images else 0,
+        supervised=tokens - images,
+    )
     return Estimate(
         source=recipe.source,
         model=model_name,
-        groups=tuple(groups),
-        plans=tuple(plans),
+        groups=tuple(memory.group_summaries(found, recipe)),
+        plans=tuple(plan(name) for name in names),
         gpus=gpus,
+        nodes=nodes,
         gpu_memory_gib=gpu_memory_gib,
         tokens=tokens,
+        image_tokens=images,
         micro_batch_size=recipe.train.micro_batch_size,
+        global_batch_size=recipe.train.global_batch_size,
+        iterations=recipe.train.iterations,
+        step_flops=training_flops(config, full, work) * recipe.train.global_batch_size,
+        mfu=mfu,
+        peak_flops=peak_tflops * 1e12,
     )
 
 
@@ -164,83 +252,14 @@ def model_config(recipe: Recipe) -> tuple[CogVLMConfig, str]:
     return config, name
 
 
-def _states(model: CogVLMForCausalLM, recipe: Recipe) -> dict[str, float]:
-    """Bytes of what stays for the whole run."""
-    held = 2 if recipe.model.dtype == "bfloat16" else 4
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    # Autocast keeps a bf16 copy of every fp32 matrix from forward to backward.
-    copies = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim >= 2)
-    return {
-        "weights": float(frozen * held + trainable * _MASTER_BYTES),
-        "bf16 copies": float(copies * 2 if held == 2 else 0),
-        "gradients": float(trainable * _GRADIENT_BYTES),
-        "optimizer": float(trainable * _ADAM_BYTES),
-    }
-
-
-def _sharded(
-    states: Mapping[str, float], model: CogVLMForCausalLM, recipe: Recipe, gpus: int
-) -> dict[str, float]:
-    """The states spread over GPUs; two gathered units (one running, one coming) take the copies."""
-    held = 2 if recipe.model.dtype == "bfloat16" else 4
-    units: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        layer = name.split(".layers.")
-        unit = f"{layer[0]}.{layer[1].split('.')[0]}" if len(layer) > 1 else group_of(name)
-        units[unit] = units.get(unit, 0) + parameter.numel()
-    sharded = {part: size / gpus for part, size in states.items()}
-    sharded["bf16 copies"] = 2.0 * max(units.values()) * held
-    return sharded
-
-
-def _activations(config: CogVLMConfig, recipe: Recipe, tokens: int) -> dict[str, float]:
-    """Bytes of one conversation between forward and backward."""
-    width = 2 if recipe.model.dtype == "bfloat16" else 4
-    hidden, vision = config.hidden_size, config.vision_config
-    layer = tokens * (12 * hidden + 4 * config.intermediate_size) * width
-    if recipe.model.attention == "eager":
-        layer += 3 * config.num_attention_heads * tokens**2 * width
-    layers = config.num_hidden_layers
-    if recipe.train.gradient_checkpointing == "mlp":
-        # Attention's norm input, QKV and output, and the residual stream, in every layer.
-        kept = layers * tokens * 8 * hidden * width + layer
-    elif recipe.train.gradient_checkpointing:
-        # Between layers the residual stream is kept, in fp32 under autocast too.
-        kept = layers * tokens * hidden * 4 + layer
-    else:
-        kept = layers * layer
-    kept += layer  # the gradients of the layer that runs backward
-    patches = vision.num_positions
-    block = patches * (9 * vision.hidden_size + 2 * vision.intermediate_size) * width
-    adapter = patches * (3 * hidden + 4 * config.intermediate_size) * width
-    if "vision_tower" in recipe.tune.trainable():
-        through = vision.num_hidden_layers * patches * vision.hidden_size * 4 + block
-        tower = (
-            through
-            if recipe.train.gradient_checkpointing is True
-            else vision.num_hidden_layers * block
-        )
-    else:
-        tower = block  # one block at a time, nothing kept
-    supervised = max(1, tokens - config.num_image_tokens)
-    logits = supervised * config.vocab_size * (width + 4 + 4)
-    return {"activations": _SLACK * (kept + tower + adapter), "logits": float(logits)}
-
-
-def _plan(
-    name: str,
-    states: Mapping[str, float],
-    activations: Mapping[str, float],
-    micro_batch: int,
-    workspace: float,
-    capacity: float,
-) -> MemoryPlan:
-    per_conversation = sum(activations.values())
-    room = capacity - sum(states.values()) - workspace
-    parts = {
-        **states,
-        **{part: size * micro_batch for part, size in activations.items()},
-        "workspace": workspace,
-    }
-    return MemoryPlan(name, parts, max(0, int(room // per_conversation)))
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 up that fits, by doubling and halving; 0 if 1 does not."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high < 2**20 and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
