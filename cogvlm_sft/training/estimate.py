@@ -180,13 +180,16 @@ def estimate(
     whole = memory.states(found, recipe)
     tokens = recipe.data.max_length or config.num_image_tokens + 1 + _TEXT_ALLOWANCE
     capacity, processes = gpu_memory_gib * GIB, gpus * nodes
+    rows_at_once: float = recipe.train.micro_batch_size
+    if recipe.data.share_images and recipe.data.token_budget:
+        rows_at_once = recipe.data.token_budget / tokens  # a packed row of so many tokens
 
     def plan(name: str) -> MemoryPlan:
         held = memory.spread(name, whole, found, recipe, processes)
         workspace = _WORKSPACE_BYTES[device]
         room = capacity - sum(held.values()) - workspace
 
-        def passing(length: int, rows: int) -> dict[str, float]:
+        def passing(length: int, rows: float) -> dict[str, float]:
             parts = memory.activations(config, recipe, length, rows)
             parts = {part: _SLACK * size for part, size in parts.items()}
             if rows * processes >= recipe.train.global_batch_size:
@@ -200,7 +203,7 @@ def estimate(
             name,
             {
                 **held,
-                **passing(tokens, recipe.train.micro_batch_size),
+                **passing(tokens, rows_at_once),
                 "workspace": workspace,
             },
             _largest(lambda rows: sum(passing(tokens, rows).values()) <= room),

@@ -146,7 +146,7 @@ def spread(
     return {**sharded, "buffers": 2 * max(units.values()) + max(learnt.values())}
 
 
-def activations(config: CogVLMConfig, recipe: Recipe, tokens: int, rows: int) -> dict[str, float]:
+def activations(config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float) -> dict[str, float]:
     """Bytes between forward and backward, of one micro-batch.
 
     Args:
