@@ -96,8 +96,10 @@ def resident(field: str = "VmRSS") -> int:
 def measure(name: str) -> dict[str, Any]:
     """Runs a case in this process."""
     import bitsandbytes
-    import peft  # noqa: F401 - its import shall not count
+    import peft  # noqa: F401 - imports shall not count
     import torch
+    import transformers.integrations.bitsandbytes
+    import transformers.quantizers.auto  # noqa: F401
 
     from cogvlm_sft.checkpoint.load import build_model, load_model
     from cogvlm_sft.training.estimate import estimate
@@ -117,6 +119,9 @@ def measure(name: str) -> dict[str, Any]:
         model = load_model(folder, quantize=quantize)
         apply_tuning(model, recipe.tune)
         hold_trainable_in_fp32(model)
+        # Out of the mapped file, all of whose pages would count, those of 4-bit weights too.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
     if recipe.train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     groups = parameter_groups(

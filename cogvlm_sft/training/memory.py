@@ -6,8 +6,9 @@ GPUs adds. Activations follow what this model's autograd functions keep (`model.
 `segment_attention`): a layer keeps its residual input, the rotated queries, keys and values, the
 attention's output and the two inputs of SwiGLU; a linear keeps its input only if it learns, or if a
 low-rank factor beside it does; with gradient checkpointing the residual inputs of all layers and
-one whole layer. To that comes the larger of what the head and what one layer's backward hold for a
-moment. A frozen tower keeps nothing; its widest block counts only where it exceeds all of that.
+one whole layer; with that of the MLPs only, what attention keeps. To that comes the larger of what
+the head and what one layer's backward hold for a moment. A frozen tower keeps nothing; its widest
+block counts only where it exceeds all of that.
 """
 
 from collections.abc import Mapping
@@ -171,7 +172,10 @@ def activations(config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float) 
         layer += 3 * heads * tokens**2 * width
     count = config.num_hidden_layers
     whole: float = (count - 1) * layer + _last_layer(config, recipe, tokens, layer)
-    if recipe.train.gradient_checkpointing:
+    if recipe.train.gradient_checkpointing == "mlp":
+        whole = count * (tokens * common + _kept(config, recipe, text, image, width, mlp=False))
+        whole += layer
+    elif recipe.train.gradient_checkpointing:
         whole = count * tokens * hidden * stream + layer
     inner = config.intermediate_size
     moment: float = (
@@ -185,22 +189,25 @@ def activations(config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float) 
     return {"activations": max(0.0, total - rows * logits), "logits": rows * logits}
 
 
-def _kept(config: CogVLMConfig, recipe: Recipe, text: float, image: float, width: int) -> float:
-    """What the linears and SwiGLUs of a layer keep, by expert."""
+def _kept(
+    config: CogVLMConfig, recipe: Recipe, text: float, image: float, width: int, mlp: bool = True
+) -> float:
+    """What the linears and SwiGLUs of a layer keep, by expert; attention's alone without `mlp`."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    inputs = (hidden, hidden, hidden, hidden, inner)  # QKV, dense, gate, up, down
-    outputs = (_query_width(config), hidden, inner, inner, hidden)
+    query = _query_width(config)
+    # Inputs and outputs of QKV, dense, gate, up, down; QKV's, and gate and up's, are read once.
+    inputs = (hidden, hidden, hidden, hidden, inner) if mlp else (hidden, hidden)
+    outputs = (query, hidden, inner, inner, hidden) if mlp else (query, hidden)
+    shared = 3 * hidden + inner if mlp else 2 * hidden
     total = 0.0
     for group, tokens in (("language", text), ("visual_expert", image)):
         treatment = recipe.tune.groups()[group]
-        total += tokens * 2 * inner * width
+        total += tokens * 2 * inner * width * mlp
         if treatment.mode == "full":
-            total += tokens * (3 * hidden + inner) * width  # gate and up share theirs
+            total += tokens * shared * width
         elif treatment.mode == "lora":
-            total += tokens * _factor_inputs(
-                recipe, group, treatment, 3 * hidden + inner, sum(inputs), width
-            )
-            total += tokens * 5 * (treatment.rank or 0) * width
+            total += tokens * _factor_inputs(recipe, group, treatment, shared, sum(inputs), width)
+            total += tokens * len(inputs) * (treatment.rank or 0) * width
             if treatment.variant == "dora":
                 total += tokens * 2 * sum(outputs) * width
     return total

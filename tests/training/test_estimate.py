@@ -93,7 +93,7 @@ def test_what_fits_is_the_largest_that_does() -> None:
             [f"train.micro_batch_size={rows}", f"train.global_batch_size={9 * rows}"],
         )
         assert (estimate(sized).plans[0].total <= 24 * GIB) == (rows == plan.largest_micro_batch)
-    one = estimate(recipe, gpu_memory_gib=plan.total / GIB).plans[0]
+    one = estimate(recipe, gpu_memory_gib=plan.total / GIB + 1e-6).plans[0]
     assert one.largest_micro_batch == 1
     assert one.longest_text in (511, 512, 513), "as long as the recipe's conversations"
     assert estimate(recipe, gpu_memory_gib=10).plans[0].longest_text == 0
@@ -111,7 +111,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["chat", "lora", "qlora, recomputed"])
+@pytest.mark.parametrize("case", ["chat", "lora"])
 def test_within_a_tenth_of_a_measured_process(case: str) -> None:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--case", case]
