@@ -5,8 +5,8 @@
 
 Each case is a recipe on a CogVLM of some ten million parameters (fp32, 224 px, a picture and 254
 tokens of text a row). It runs three training steps in a process of its own; measured is the highest
-resident size less the resident size before the model exists. The estimate is that of
-`cogvlm-sft estimate` for the same recipe.
+resident size (without pages of files, which the system may drop) less that before the model exists.
+The estimate is that of `cogvlm-sft estimate` for the same recipe.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def case_recipe(name: str, checkpoint: str) -> Any:
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process: resident now, or at most (`VmHWM`)."""
+    """Bytes of this process: resident now, at most (`VmHWM`), or of one kind."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -114,12 +114,12 @@ def measure(name: str) -> dict[str, Any]:
         plan = estimate(recipe, device="cpu").plans[0]
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
-        before = resident()
+        before = resident("RssAnon")
         quantize = recipe.model.quantize.groups if recipe.model.quantize else ()
         model = load_model(folder, quantize=quantize)
         apply_tuning(model, recipe.tune)
         hold_trainable_in_fp32(model)
-        # Out of the mapped file, all of whose pages would count, those of 4-bit weights too.
+        # Out of the mapped file, whose pages the system may drop.
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
     if recipe.train.gradient_checkpointing:
@@ -146,7 +146,7 @@ def measure(name: str) -> dict[str, Any]:
             model(**batch, use_cache=False, supervised_only=True).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    measured = resident("VmHWM") - before
+    measured = resident("VmHWM") - resident("RssFile") - before
     return {
         "case": name,
         "parts": dict(plan.parts),
