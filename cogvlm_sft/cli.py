@@ -603,7 +603,7 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     verify.add_argument("build", type=Path)
     verify.add_argument(
-        "--images", type=Path, metavar="DIR", help="image root; with it every image is opened"
+        "--images", type=Path, metavar="DIR", help="image root, where it is not the manifest's"
     )
 
     export = _add(
