@@ -51,6 +51,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
     result = train(recipe)
     print(f"checkpoint: {result.output}")
+    if recipe.evaluate is not None and recipe.evaluate.tasks:
+        from cogvlm_sft.evaluation.run import evaluate_tasks
+
+        evaluated = evaluate_tasks(
+            result.output, recipe.evaluate.tasks, batch_size=recipe.evaluate.batch_size
+        )
+        if evaluated is not None:
+            print(f"evaluation: {evaluated}")
     return 0
 
 

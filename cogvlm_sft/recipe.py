@@ -248,18 +248,37 @@ class Prompt(Section):
     style: Literal["chat", "vqa", "base", "text"] | None = None
 
 
+class EvaluateTask(Section):
+    """A benchmark that the finished checkpoint is scored on, as `cogvlm-sft evaluate` does.
+
+    Attributes:
+        name: of the task; docs/evaluation.md lists them.
+        annotations: its official files, or a build of held-out conversations.
+        images: folder of the pictures; text tasks need none.
+        limit: only the first so many questions.
+    """
+
+    name: str
+    annotations: Annotated[list[RecipePath], Field(min_length=1)]
+    images: RecipePath | None = None
+    limit: PositiveInt | None = None
+
+
 class EvaluateSection(Section):
     """What is looked at while training goes on; data.validation is measured at the end in any case.
 
     Attributes:
-        every: steps between measurements of held-out loss and accuracy, and between generations.
+        every: steps between measurements of held-out loss and accuracy, and between generations;
+            null where only tasks are given.
         batch_size: conversations at once.
+        tasks: scored once, on the finished checkpoint; the report is `evaluation/report.html`.
         prompts: answered greedily every time; the answers go to `samples.jsonl`.
         max_new_tokens: longest answer to a prompt.
     """
 
-    every: PositiveInt
+    every: PositiveInt | None = None
     batch_size: PositiveInt = 8
+    tasks: list[EvaluateTask] = []
     prompts: list[Prompt] = []
     max_new_tokens: PositiveInt = 64
 
@@ -380,7 +399,17 @@ def _check_together(recipe: Recipe) -> None:
             f"train.iterations {train.iterations}"
         )
     evaluate = recipe.evaluate
-    if evaluate is not None and recipe.data.validation is None and not evaluate.prompts:
+    if evaluate is not None and evaluate.every is None and (evaluate.prompts or not evaluate.tasks):
+        raise RecipeError(
+            f"{source}: evaluate.every is null, so nothing would be looked at while training; give "
+            "a number of steps, or evaluate.tasks alone"
+        )
+    if (
+        evaluate is not None
+        and evaluate.every is not None
+        and recipe.data.validation is None
+        and not evaluate.prompts
+    ):
         raise RecipeError(
             f"{source}: evaluate asks for held-out loss, but data.validation is null; "
             "name a validation file or build, give evaluate.prompts, or leave evaluate out"

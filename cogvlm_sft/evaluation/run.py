@@ -29,6 +29,7 @@ from cogvlm_sft.evaluation.report import write_report
 from cogvlm_sft.evaluation.tasks import PERPLEXITY, Task, find_task
 from cogvlm_sft.evaluation.tasks.task import Judge, Question, judged_scores
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
+from cogvlm_sft.recipe import EvaluateTask
 
 _WINDOW = 1024
 
@@ -75,6 +76,56 @@ def evaluate_checkpoint(
         judge=judge,
         checkpoint=checkpoint,
     )
+
+
+def check_task(task: EvaluateTask) -> None:
+    """Looks at a recipe's task before hours of training.
+
+    Raises:
+        DataError: Its name is unknown, or a file or the picture folder is missing.
+    """
+    if task.name != PERPLEXITY:
+        find_task(task.name)
+    for path in [*task.annotations, *([task.images] if task.images is not None else [])]:
+        if not path.exists():
+            raise DataError(f"{path} does not exist")
+
+
+def evaluate_tasks(
+    checkpoint: Path | str, tasks: Sequence[EvaluateTask], *, batch_size: int = 8
+) -> Path | None:
+    """Scores a checkpoint on a recipe's tasks, loaded once.
+
+    Args:
+        checkpoint: Checkpoint folder; its `evaluation` folder gets a folder for each task.
+        tasks: The recipe's `evaluate.tasks`.
+        batch_size: Questions generated at once.
+
+    Returns:
+        The page with all tasks; None on processes other than the first.
+
+    Raises:
+        DataError, CheckpointError: As `evaluate_checkpoint`.
+    """
+    device = pick_device()
+    model = load_model(checkpoint, dtype=default_dtype(device)).to(device)
+    processor = load_processor(checkpoint)
+    folder = Path(checkpoint) / "evaluation"
+    reports = [
+        evaluate_model(
+            model,
+            processor,
+            task.name,
+            task.annotations,
+            task.images,
+            limit=task.limit,
+            batch_size=batch_size,
+            output=folder / f"{number:02d}_{task.name}",
+            checkpoint=checkpoint,
+        )
+        for number, task in enumerate(tasks)
+    ]
+    return write_report(folder, reports) if reports[0] else None
 
 
 def evaluate_model(

@@ -12,7 +12,8 @@ def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
     """The recipe's `train` section in TRL's words."""
     train = recipe.train
     cuda = torch.cuda.is_available()
-    measured = recipe.evaluate is not None and recipe.data.validation is not None
+    every = recipe.evaluate.every if recipe.evaluate else None
+    measured = every is not None and recipe.data.validation is not None
     return SFTConfig(
         output_dir=os.fspath(train.output),
         max_steps=train.iterations,
@@ -42,7 +43,7 @@ def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
         dataloader_pin_memory=cuda,
         per_device_eval_batch_size=recipe.evaluate.batch_size if recipe.evaluate else 8,
         eval_strategy="steps" if measured else "no",
-        eval_steps=recipe.evaluate.every if recipe.evaluate and measured else None,
+        eval_steps=every if measured else None,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,

@@ -21,6 +21,7 @@ import yaml
 from cogvlm_sft.checkpoint.load import build_processor, load_config, load_processor, weight_files
 from cogvlm_sft.conversation import conversation_files
 from cogvlm_sft.errors import CheckpointError, CogVLMSFTError, RecipeError
+from cogvlm_sft.evaluation.run import check_task
 from cogvlm_sft.model import CogVLMConfig, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import snapshots
@@ -84,6 +85,8 @@ def check_ready(recipe: Recipe, world_size: int) -> None:
     if recipe.evaluate is not None:
         prompts = recipe.evaluate.prompts
         check("evaluate.prompts", lambda: prompt_requests(prompts, data.image_root))
+        for number, task in enumerate(recipe.evaluate.tasks):
+            check(f"evaluate.tasks.{number}", partial(check_task, task))
     if (devices := torch.cuda.device_count()) > 1 and "WORLD_SIZE" not in os.environ:
         missing.append(
             f"{devices} GPUs are seen by one process, which trains on one; start one process a GPU "

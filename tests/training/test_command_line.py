@@ -141,6 +141,34 @@ COMMANDS = [
 ]
 
 
+def test_a_recipe_scores_its_tasks_on_the_finished_checkpoint(
+    train: Run, world: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "plain.txt").write_text("What colour is it? It is red.", encoding="utf-8")
+    tasks = [
+        {
+            "name": "exact_match",
+            "annotations": [str(world / "train.jsonl")],
+            "images": str(world / "images"),
+            "limit": 3,
+        },
+        {"name": "text_perplexity", "annotations": [str(tmp_path / "plain.txt")]},
+    ]
+    refused(
+        train("train.iterations=2", evaluate__tasks=[{**tasks[0], "name": "exact"}]),
+        "evaluate.tasks.0",
+        "did you mean 'exact_match'",
+    )
+    refused(train("evaluate={batch_size: 2}"), "evaluate.every is null")
+    assert not (tmp_path / "run").exists()
+    done = train("train.iterations=2", evaluate__tasks=tasks)
+    assert done.status == 0, done.stderr
+    report = json.loads((tmp_path / "run/evaluation/report.json").read_text(encoding="utf-8"))
+    assert [task["task"] for task in report["tasks"]] == ["exact_match", "text_perplexity"]
+    assert report["tasks"][0]["count"] == 3
+    assert (tmp_path / "run/evaluation/00_exact_match/predictions.jsonl").is_file()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
