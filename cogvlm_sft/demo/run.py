@@ -104,6 +104,7 @@ def run(split: str = "heldout", sizes: Sizes = DEFAULT_SIZES) -> dict[str, Any]:
             f"sources.0.source={source}",
             f"sources.0.annotations={HOME}/raw/{split}_{task}.{ending}",
         )
+    write_plain_text(examples, split, HOME / "raw" / f"{split}_text.jsonl")
     seconds["build"] = time.monotonic() - clock
 
     for number, stage in (("2/4", "pretrain"), ("3/4", "chat")):
@@ -114,8 +115,9 @@ def run(split: str = "heldout", sizes: Sizes = DEFAULT_SIZES) -> dict[str, Any]:
 
     _say("4/4", f"{split} pictures, before and after alignment")
     clock = time.monotonic()
-    before = _score(HOME / "pretrain", split)
-    after = _score(HOME / "chat", split)
+    (before, text_before), (after, text_after) = (
+        _score(HOME / stage, split) for stage in ("pretrain", "chat")
+    )
     seconds["evaluate"] = time.monotonic() - clock
     seconds["total"] = time.monotonic() - started
 
@@ -123,6 +125,7 @@ def run(split: str = "heldout", sizes: Sizes = DEFAULT_SIZES) -> dict[str, Any]:
         "split": split,
         "tasks": {task: _figures(result) for task, result in after.items()},
         "before_alignment": {task: _figures(result) for task, result in before.items()},
+        "text_perplexity": {"pretrained": text_before, "aligned": text_after},
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
         "peak_memory_gib": round(peak_memory_gib(), 3),
     }
@@ -149,6 +152,16 @@ def training_texts(examples: list[Example]) -> list[str]:
     return texts
 
 
+def write_plain_text(examples: list[Example], split: str, path: Path) -> None:
+    """The pretraining stage's phrases and answers of one split, read without their pictures.
+
+    They tell whether alignment unlearned what the language layers knew before it.
+    """
+    pairs = {pair for example in examples if example.split == split for pair in example.base}
+    rows = [json.dumps({"prompt": p, "text": text}) + "\n" for p, text in sorted(pairs)]
+    path.write_text("".join(rows), encoding="utf-8")
+
+
 def table(report: dict[str, Any]) -> str:
     """The scores, times and memory as a table."""
     lines = [
@@ -162,18 +175,23 @@ def table(report: dict[str, Any]) -> str:
             f"{task:<10} {figures['count']:>9} {earlier:>11.3f} {figures['accuracy']:>9.3f}"
             f"   {low:.3f} to {high:.3f}  ({figures['metric']})"
         )
+    text = report["text_perplexity"]
+    lines.append(
+        f"{'text':<21}{text['pretrained']['perplexity']:>11.2f} "
+        f"{text['aligned']['perplexity']:>9.2f}   perplexity of phrases, no pictures"
+    )
     spent = ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items())
     lines.append(f"seconds: {spent}; peak memory {report['peak_memory_gib']:.2f} GiB")
     return "\n".join(lines)
 
 
-def _score(checkpoint: Path, split: str) -> dict[str, dict[str, Any]]:
-    """Held-out scores of one checkpoint, loaded once."""
+def _score(checkpoint: Path, split: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Held-out scores and text perplexity of one checkpoint, loaded once."""
     from cogvlm_sft.checkpoint.load import load_model, load_processor
     from cogvlm_sft.evaluation.run import evaluate_model
 
     model, processor = load_model(checkpoint), load_processor(checkpoint)
-    return {
+    scores = {
         task: evaluate_model(
             model,
             processor,
@@ -185,6 +203,21 @@ def _score(checkpoint: Path, split: str) -> dict[str, dict[str, Any]]:
             checkpoint=checkpoint,
         )
         for task, (judge, _, _) in TASKS.items()
+    }
+    text = evaluate_model(
+        model,
+        processor,
+        "text_perplexity",
+        [HOME / "raw" / f"{split}_text.jsonl"],
+        batch_size=64,
+        output=checkpoint / "evaluation" / f"{split}_text",
+        checkpoint=checkpoint,
+    )
+    perplexity = text["figures"][0]
+    return scores, {
+        "perplexity": round(perplexity["value"], 4),
+        "interval": [round(bound, 4) for bound in perplexity["interval"]],
+        "count": text["count"],
     }
 
 

@@ -3,9 +3,9 @@
 Perplexity over tokens, bits per byte (which compares models with different tokenizers), and the
 share of tokens that the model would have written itself. Before and after alignment on the same
 text, these tell whether teaching pictures cost language. Notable choices: text is read without any
-prompt; documents are cut into windows of `max_length` tokens that each begin with BOS, so that
-every token but a window's first is predicted once with the context of its window; the intervals
-resample windows, within which tokens depend on each other.
+template; a row may carry a `prompt` that is read and not counted; documents are cut into windows of
+`max_length` tokens that each begin with BOS, so that every token is predicted once with the context
+of its window; the intervals resample windows, within which tokens depend on each other.
 """
 
 from collections.abc import Sequence
@@ -25,30 +25,34 @@ from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 
 PROTOCOL = {
     "title": "Plain text",
-    "prompt": "none: BOS and the text",
+    "prompt": "none: BOS, a row's own prompt where it has one, and the text",
     "decoding": "none: every token is predicted from the true ones before it",
     "post_processing": "none",
     "metric": "perplexity over tokens, bits per byte of UTF-8, share of tokens predicted first",
 }
 
 
-def read_texts(paths: Sequence[Path]) -> list[str]:
-    """The documents of text files (one each) and of JSON Lines with a `text` field.
+def read_texts(paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """(prompt, text) of text files (one each, no prompt) and of JSON Lines.
+
+    A line has a `text` and may have a `prompt`, which stands before it and is not counted.
 
     Raises:
         DataError: A file cannot be read, a line has no text, or there is none at all.
     """
-    texts: list[str] = []
+    texts: list[tuple[str, str]] = []
     for path in paths:
         if path.suffix == ".jsonl":
             rows = enumerate(load_json_lines(path), start=1)
-            texts += [str(field_of(row, "text", f"{path}:{number}")) for number, row in rows]
+            for number, row in rows:
+                text = str(field_of(row, "text", f"{path}:{number}"))
+                texts.append((str(row.get("prompt", "")), text))
             continue
         try:
-            texts.append(path.read_text(encoding="utf-8"))
+            texts.append(("", path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    texts = [text for text in texts if text.strip()]
+    texts = [(prompt, text) for prompt, text in texts if text.strip()]
     if not texts:
         raise DataError(f"{', '.join(map(str, paths))}: no text in it")
     return texts
@@ -57,7 +61,7 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
 def score_texts(
     model: CogVLMForCausalLM,
     processor: CogVLMProcessor,
-    texts: Sequence[str],
+    texts: Sequence[tuple[str, str]],
     *,
     max_length: int = 1024,
     batch_size: int = 8,
@@ -67,7 +71,7 @@ def score_texts(
     Args:
         model: Put into evaluation mode for the call and back afterwards.
         processor: The model's own; its tokenizer is used.
-        texts: Documents.
+        texts: (prompt, text) of each document; they are joined by a space, and the text counts.
         max_length: Tokens of a window, BOS included.
         batch_size: Windows at once.
 
@@ -81,16 +85,26 @@ def score_texts(
     most = model.config.max_position_embeddings
     if not 2 <= max_length <= most:
         raise DataError(f"max_length is {max_length}, expected 2 to {most} (the model's positions)")
-    rows, windows = [], []
-    for number, text in enumerate(texts):
+    rows: list[dict[str, Any]] = []
+    windows: list[list[int]] = []
+    counted: list[list[bool]] = []
+    for number, (prompt, text) in enumerate(texts):
         # A document that holds "</s>" holds four characters, not the end of the sequence.
-        ids = processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        ids = ids["input_ids"]
+        encoded = processor.tokenizer(
+            f"{prompt} {text}" if prompt else text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
+        ids = encoded["input_ids"]
+        counts = [start >= len(prompt) for start, _ in encoded["offset_mapping"]]
         for start in range(0, len(ids), max_length - 1):
-            piece = ids[start : start + max_length - 1]
-            windows.append([processor.tokenizer.bos_token_id, *piece])
-            share = len(text.encode()) * len(piece) / len(ids)
-            rows.append({"document": number, "tokens": len(piece), "bytes": share})
+            piece = slice(start, start + max_length - 1)
+            if tokens := sum(counts[piece]):
+                windows.append([processor.tokenizer.bos_token_id, *ids[piece]])
+                counted.append(counts[piece])
+                share = len(text.encode()) * tokens / sum(counts)
+                rows.append({"document": number, "tokens": tokens, "bytes": share})
     order = sorted(range(len(windows)), key=lambda index: -len(windows[index]))
     with (
         evaluation_mode(model),
@@ -106,7 +120,9 @@ def score_texts(
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             logits = model(**inputs).logits[:, :-1].float()
             targets = inputs["input_ids"][:, 1:]
-            kept = inputs["attention_mask"][:, 1:].bool()
+            kept = torch.zeros_like(targets, dtype=torch.bool)
+            for row, index in enumerate(chosen):
+                kept[row, : len(counted[index])] = torch.tensor(counted[index])
             losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
             first = logits.argmax(-1) == targets
             for index, loss, hit, mine in zip(chosen, losses, first, kept, strict=True):

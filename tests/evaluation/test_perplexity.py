@@ -11,14 +11,14 @@ from cogvlm_sft.evaluation.perplexity import score_texts
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 
 Tiny = tuple[CogVLMForCausalLM, CogVLMProcessor]
-TEXTS = ["What digit is this?", "Where is the red square? " * 5, "</s> 7"]
+TEXTS = [("", "What digit is this?"), ("", "Where is the red square? " * 5), ("", "</s> 7")]
 
 
 def test_the_loss_is_that_of_each_text_alone(tiny: Tiny) -> None:
     model, processor = tiny
     figures, rows = score_texts(model, processor, TEXTS, max_length=256, batch_size=3)
     loss = tokens = hits = 0.0
-    for text in TEXTS:
+    for _, text in TEXTS:
         ids = processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         ids = torch.tensor([[processor.tokenizer.bos_token_id, *ids["input_ids"]]])
         with torch.inference_mode():
@@ -30,9 +30,20 @@ def test_the_loss_is_that_of_each_text_alone(tiny: Tiny) -> None:
     everything = np.arange(len(rows))
     perplexity, bits, first = (figure.statistic(everything) for figure in figures)
     assert perplexity == pytest.approx(math.exp(loss / tokens), rel=1e-5)
-    size = sum(len(text.encode()) for text in TEXTS)
+    size = sum(len(text.encode()) for _, text in TEXTS)
     assert bits == pytest.approx(loss / math.log(2) / size, rel=1e-5)
     assert first == hits / tokens
+
+
+def test_a_prompt_is_read_and_not_counted(tiny: Tiny) -> None:
+    model, processor = tiny
+    question, answer = "What digit is this?", "7"
+    _, [row] = score_texts(model, processor, [(question, answer)], max_length=99)
+    _, [whole] = score_texts(model, processor, [("", f"{question} {answer}")], max_length=99)
+    _, [asked] = score_texts(model, processor, [("", question)], max_length=99)
+    assert row["tokens"] == whole["tokens"] - asked["tokens"]
+    assert row["loss"] == pytest.approx(whole["loss"] - asked["loss"], rel=1e-4)
+    assert row["bytes"] == 1
 
 
 def test_windows_hold_every_token_once(tiny: Tiny) -> None:
