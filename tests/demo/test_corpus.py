@@ -15,7 +15,7 @@ from cogvlm_sft.demo.drawn import COLORS, PICTURE_SIZE, box_text, draw_shapes, r
 from cogvlm_sft.demo.run import training_texts
 from cogvlm_sft.demo.tokenizer import train_tokenizer
 from cogvlm_sft.errors import DataError
-from cogvlm_sft.evaluation.metrics import parse_boxes
+from cogvlm_sft.evaluation.metrics.boxes import parse_boxes
 
 SMALL = Sizes(digit_copies=1, signs=120, shapes=60, photo_crops=2)
 Made = tuple[Path, list[Example]]
