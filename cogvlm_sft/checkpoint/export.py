@@ -52,10 +52,6 @@ _KEYS = (
     "num_hidden_layers", "num_multi_query_heads", "rms_norm_eps", "rope_theta",
     "template_version", "tie_word_embeddings", "use_cache", "vocab_size",
 )  # fmt: skip
-_VISION_KEYS = (
-    "dropout_prob", "hidden_act", "hidden_size", "image_size", "in_channels", "intermediate_size",
-    "layer_norm_eps", "num_heads", "num_hidden_layers", "num_positions", "patch_size",
-)  # fmt: skip
 
 
 def export_checkpoint(
@@ -152,13 +148,12 @@ def push_checkpoint(folder: str | Path, repository: str, *, public: bool = False
 def released_config(config: CogVLMConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The contents of config.json with the released keys alone, and where the classes are."""
     fields = config.to_dict()
-    vision = {key: fields["vision_config"][key] for key in _VISION_KEYS}
     return {
         "architectures": ["CogVLMForCausalLM"],
         "auto_map": MODEL_AUTO_MAP,
         **{key: fields[key] for key in _KEYS if key in fields},
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "vision_config": vision,
+        "vision_config": dict(config.vision_config),
     }
 
 

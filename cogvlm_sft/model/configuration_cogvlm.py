@@ -18,6 +18,12 @@ from cogvlm_sft.errors import CheckpointError
 # Keys that other exports of CogVLM carry and that we derive from the rest.
 _DERIVED_KEYS = ("num_key_value_heads", "num_image_tokens", "head_dim")
 
+# What the released config.json holds about the tower.
+_VISION_KEYS = (
+    "dropout_prob", "hidden_act", "hidden_size", "image_size", "in_channels", "intermediate_size",
+    "layer_norm_eps", "num_heads", "num_hidden_layers", "num_positions", "patch_size",
+)  # fmt: skip
+
 
 class CogVLMVisionConfig(PreTrainedConfig):
     """The EVA2-CLIP-E tower without its last layer.
@@ -65,6 +71,16 @@ class CogVLMVisionConfig(PreTrainedConfig):
                 f"{self.image_size} px in patches of {self.patch_size} px has {expected} "
                 "(patches + 1); fix config.json or the recipe's model.config"
             )
+
+    def keys(self) -> tuple[str, ...]:
+        """The released keys: with `__getitem__` it reads like the mapping that engines expect."""
+        return _VISION_KEYS
+
+    def __getitem__(self, key: str) -> Any:
+        """A field by name, as in `vision_config["image_size"]` of LMDeploy and others."""
+        if key not in _VISION_KEYS:
+            raise KeyError(key)
+        return getattr(self, key)
 
     @property
     def grid(self) -> int:

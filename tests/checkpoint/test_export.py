@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,9 @@ def test_released_ours_released(source: Path, tokenizer: Path, tmp_path: Path) -
     assert after["vision_config"] == before["vision_config"]
     for key in after.keys() - {"auto_map", "torch_dtype"}:
         assert after[key] == before[key], key
+    # How LMDeploy and the ports of the released code read the tower's configuration.
+    assert vars(Namespace(**model.config.vision_config)) == before["vision_config"]
+    assert model.config.vision_config["num_positions"] == 17
     # LMDeploy takes this key's presence for CogVLM2.
     assert ("num_multi_query_heads" in after) == ("v2" in source.name)
     assert (out / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
@@ -112,18 +116,22 @@ def test_export_imports_nothing_of_ours(checkpoint: Path, tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # gguf 0.19 on numpy 2.3
 def test_gguf_tensor_names(checkpoint: Path, tmp_path: Path) -> None:
-    """llama.cpp's own table maps every tensor of the language model and its visual expert."""
+    """llama.cpp's own table maps every tensor: language model, visual expert, tower and adapter."""
     gguf = pytest.importorskip("gguf")
     out = export_checkpoint(checkpoint, tmp_path / "export")
     config = json.loads((out / "config.json").read_text())
     layers = config["num_hidden_layers"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.COGVLM, layers)
+    projector = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers)
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "cogvlm")
     writer.add_block_count(layers)
     kept = {}
     for name, tensor in tensors_of(out).items():
-        if name.startswith("model.vision.") or name.endswith("inv_freq"):
-            continue  # the first goes to the projector's file, the second is computed
+        if name.endswith("inv_freq"):
+            continue  # computed
+        if name.startswith("model.vision."):  # goes to the projector's file
+            assert projector.get_name(name, try_suffixes=(".weight", ".bias")), name
+            continue
         found = names.get_name(name, try_suffixes=(".weight",))
         assert found is not None, name
         kept[found] = np.ascontiguousarray(tensor.numpy())

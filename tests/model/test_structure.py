@@ -74,8 +74,9 @@ def test_default_cogvlm2_size():
     assert CogVLMConfig(**config.to_dict()).to_dict() == config.to_dict()
 
 
-def test_auto_classes(golden):
-    config = AutoConfig.from_pretrained(golden)
+def test_auto_classes(golden, tmp_path):
+    CogVLMConfig.from_pretrained(golden).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is CogVLMConfig
     assert type(AutoModelForCausalLM.from_config(config)) is CogVLMForCausalLM
 
