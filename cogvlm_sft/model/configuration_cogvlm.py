@@ -9,7 +9,7 @@ set, because engines that serve CogVLM tell the generations apart by their prese
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -93,7 +93,8 @@ class CogVLMConfig(PreTrainedConfig):
 
     Attributes:
         template_version: prompt style the weights were trained with: "chat", "base" or "vqa".
-        num_multi_query_heads: key/value heads of CogVLM2 (8 at full size); None means CogVLM.
+        num_multi_query_heads: key/value heads of CogVLM2 (8 at full size). A CogVLM does not have
+            the attribute, as in the released classes: engines ask for it with a default.
         rope_theta: base of the rotary embedding; None means 10000, or 500000 for CogVLM2, as the
             released code has them hard-coded.
 
@@ -109,7 +110,8 @@ class CogVLMConfig(PreTrainedConfig):
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_multi_query_heads: int | None = None
+    if TYPE_CHECKING:
+        num_multi_query_heads: int
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
@@ -141,9 +143,12 @@ class CogVLMConfig(PreTrainedConfig):
                 )
             if self.rope_theta is None and "rope_theta" in scaling:
                 self.rope_theta = scaling["rope_theta"]
-        heads = derived.get("num_key_value_heads")
-        if heads is not None and heads != self.num_attention_heads:
-            self.num_multi_query_heads = self.num_multi_query_heads or heads
+        heads = kwargs.pop("num_multi_query_heads", None)
+        shared = derived.get("num_key_value_heads")
+        if heads is None and shared not in (None, self.num_attention_heads):
+            heads = shared
+        if heads is not None:
+            self.num_multi_query_heads = heads
         # The released config.json nests the tower without a model_type of its own.
         if isinstance(self.vision_config, dict):
             nested = {k: v for k, v in self.vision_config.items() if k != "model_type"}
@@ -162,7 +167,7 @@ class CogVLMConfig(PreTrainedConfig):
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_multi_query_heads {self.num_multi_query_heads}; expected one"
+                f"num_multi_query_heads {self.num_key_value_heads}; expected one"
             )
         if self.is_cogvlm2 and self.vision_config.grid % 2:
             raise CheckpointError(
@@ -185,12 +190,12 @@ class CogVLMConfig(PreTrainedConfig):
     @property
     def is_cogvlm2(self) -> bool:
         """Whether this is the second generation (see the module's docstring)."""
-        return self.num_multi_query_heads is not None
+        return hasattr(self, "num_multi_query_heads")
 
     @property
     def num_key_value_heads(self) -> int:
         """Heads of keys and values in the language model."""
-        return self.num_multi_query_heads or self.num_attention_heads
+        return self.num_multi_query_heads if self.is_cogvlm2 else self.num_attention_heads
 
     @property
     def rope_base(self) -> float:
@@ -206,11 +211,10 @@ class CogVLMConfig(PreTrainedConfig):
         return grid**2 + 2
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as in config.json: unset optional keys stay out, as released."""
+        """The configuration as in config.json: an unset `rope_theta` stays out, as released."""
         output = super().to_dict()
-        for key in ("num_multi_query_heads", "rope_theta"):
-            if output.get(key) is None:
-                output.pop(key, None)
+        if output.get("rope_theta") is None:
+            output.pop("rope_theta", None)
         return output
 
     @classmethod

@@ -82,8 +82,9 @@ def test_released_ours_released(source: Path, tokenizer: Path, tmp_path: Path) -
     # How LMDeploy and the ports of the released code read the tower's configuration.
     assert vars(Namespace(**model.config.vision_config)) == before["vision_config"]
     assert model.config.vision_config["num_positions"] == 17
-    # LMDeploy takes this key's presence for CogVLM2.
+    # LMDeploy takes the key's presence for CogVLM2, and asks the object for it with a default.
     assert ("num_multi_query_heads" in after) == ("v2" in source.name)
+    assert getattr(model.config, "num_multi_query_heads", 4) == (2 if "v2" in source.name else 4)
     assert (out / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
     assert "AutoProcessor" in json.loads((out / "processor_config.json").read_text())["auto_map"]
     generation = json.loads((out / "generation_config.json").read_text())

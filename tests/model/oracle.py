@@ -58,7 +58,7 @@ def image_features(weights: Weights, config, pixel_values: torch.Tensor) -> torc
             weights, f"{name}.post_attention_layernorm", inner, vision.layer_norm_eps
         )
     x = x[:, 1:]
-    if config.num_multi_query_heads is not None:
+    if config.is_cogvlm2:
         side = vision.image_size // vision.patch_size
         x = x.transpose(1, 2).reshape(count, vision.hidden_size, side, side)
         x = F.conv2d(
@@ -101,7 +101,7 @@ def logits(
 ) -> torch.Tensor:
     """(batch, length, vocabulary) in fp32."""
     batch, length = input_ids.shape
-    heads, groups = config.num_attention_heads, config.num_multi_query_heads
+    heads, groups = config.num_attention_heads, getattr(config, "num_multi_query_heads", None)
     size = config.hidden_size // heads
     key_heads = groups or heads
     base = config.rope_theta or (500000.0 if groups is not None else 10000.0)
