@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from tqdm import tqdm
 
 Work = Callable[[], Any]
 
@@ -55,7 +56,7 @@ class Times:
 def interleave(ways: Mapping[str, Work], rounds: int, warm_up: int = 1) -> Times:
     """Runs every way once a round."""
     times = Times()
-    for number in range(-warm_up, rounds):
+    for number in tqdm(range(-warm_up, rounds), unit="round", desc=" / ".join(ways), mininterval=5):
         for name, work in ways.items():
             wall, cpu = time.perf_counter(), time.process_time()
             work()

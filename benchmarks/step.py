@@ -6,6 +6,7 @@ python -m benchmarks.step [--rounds N] [--threads N]
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -23,12 +24,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", choices=("uniform", "ragged"), help="one of the two only")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model = build(MEDIUM)
     trainer = trainer_for(model)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, texts in (("uniform", (128,) * 4), ("ragged", (128, 112, 96, 80))):
+        if given.batch not in (None, name):
+            continue
         items = items_of(model.config, texts, 64)
         batch = padded(items)
 
