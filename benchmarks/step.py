@@ -1,13 +1,18 @@
 """One training step against the obvious one: uniform and ragged batches, share of matmul peak.
 
-python -m benchmarks.step [--rounds N] [--threads N]
+python -m benchmarks.step [--rounds N] [--threads N] [--batch uniform|ragged]
+python -m benchmarks.step --peak baseline      peak memory of two steps, in a process of its own
+python -m benchmarks.step --peak ours
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import resource
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.baseline import baseline_loss
@@ -25,8 +30,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", choices=("uniform", "ragged"), help="one of the two only")
+    parser.add_argument("--peak", choices=("baseline", "ours"), help="measure memory instead")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    if given.peak is not None:
+        print(json.dumps(peak_memory(given.peak)))
+        return
     model = build(MEDIUM)
     trainer = trainer_for(model)
     rows: list[dict[str, Any]] = []
@@ -73,6 +82,23 @@ def main() -> None:
                 }
             )  # fmt: skip
     report("step", rows, RESULTS)
+
+
+def peak_memory(way: str) -> dict[str, float | str]:
+    """GiB resident before and at most during two steps on the uniform batch."""
+    model = build(MEDIUM)
+    batch = padded(items_of(model.config, (128,) * 4, 64))
+    before = psutil.Process().memory_info().rss
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        loss = (
+            baseline_loss(model, batch)
+            if way == "baseline"
+            else model(**batch, supervised_only=True).loss
+        )
+        loss.backward()
+    highest = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"way": way, "before": before / 2**30, "peak": highest / 2**30}
 
 
 if __name__ == "__main__":
