@@ -38,7 +38,7 @@ def main() -> int:
         train_tokenizer(training_texts(examples), HOME / "tokenizer")
         _command("data", "build", str(packaged_recipes()["demo/pretrain_data"])).wait()
         recipe = ["train", "demo/pretrain", f"train.iterations={options.steps}"]
-        recipe += ["train.save_every=7", "train.keep_snapshots=2", "train.log_every=1"]
+        recipe += ["train.save_every=2", "train.keep_snapshots=2", "train.log_every=1"]
         recipe += ["train.global_batch_size=4", "train.micro_batch_size=4"]
         whole, broken = HOME / "whole", HOME / "broken"
         _command(*recipe, f"train.output={whole}").wait()
@@ -52,7 +52,7 @@ def main() -> int:
             else:
                 moment = "after a step"
                 _wait_for_a_step(broken, process)
-                time.sleep(chance.uniform(0, 2))
+                time.sleep(chance.uniform(1, 6))
             if process.poll() is not None:
                 print(f"kill {number + 1}: the run was over before")
                 break

@@ -23,13 +23,18 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from cogvlm_sft.errors import CheckpointError, RecipeError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.training import snapshots
-from cogvlm_sft.training.optimization import hold_trainable_in_fp32, rate_schedule
+from cogvlm_sft.training.held_out import held_out_sums
+from cogvlm_sft.training.optimization import (
+    fp32_masters,
+    hold_trainable_in_fp32,
+    make_optimizer,
+    rate_schedule,
+)
 from cogvlm_sft.training.stopping import is_lost_process
 from cogvlm_sft.training.throughput import Throughput, peak_flops, trained_matrices
 from cogvlm_sft.tune.adapters import AdapterFiles
@@ -81,7 +86,7 @@ class CogVLMTrainer(SFTTrainer):
             adapter: snapshots hold what is trained only, as an adapter; None holds the model.
         """
         hold_trainable_in_fp32(model)
-        masters = _masters(model)
+        masters = fp32_masters(model)
         placeholder = datasets.Dataset.from_dict({"images": [[""]]})
         super().__init__(
             model=model,
@@ -150,11 +155,7 @@ class CogVLMTrainer(SFTTrainer):
             self.data_collator = packing
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over group x decay; FSDP passes the sharded `model` it prepared.
-
-        The 8-bit one keeps both moments in blocks of 256 with a scale each; tensors below 4,096
-        entries stay in fp32. On a CPU there is nothing to page to.
-        """
+        """AdamW over group x decay; FSDP passes the sharded `model` it prepared."""
         if self.optimizer is None:
             args = self.args
             groups = parameter_groups(
@@ -163,19 +164,7 @@ class CogVLMTrainer(SFTTrainer):
                 rates=self.rates,
                 weight_decay=args.weight_decay,
             )
-            settings: dict[str, Any] = {
-                "lr": args.learning_rate,
-                "betas": (args.adam_beta1, args.adam_beta2),
-                "eps": args.adam_epsilon,
-            }
-            if args.optim == OptimizerNames.PAGED_ADAMW_8BIT:
-                import bitsandbytes
-
-                paged = args.device.type == "cuda"
-                kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
-                self.optimizer = kind(groups, **settings)
-            else:
-                self.optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+            self.optimizer = make_optimizer(groups, args)
         return self.optimizer
 
     def create_scheduler(
@@ -247,7 +236,7 @@ class CogVLMTrainer(SFTTrainer):
         for batch in self.get_eval_dataloader(eval_dataset):
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
-                sums += _held_out_sums(model, inputs)
+                sums += held_out_sums(model, inputs)
         loss, right, tokens, rows_right, rows = self.accelerator.reduce(sums, "sum").tolist()
         model.train(was_training)
         metrics = {
@@ -372,26 +361,3 @@ class CogVLMTrainer(SFTTrainer):
             raise CheckpointError(
                 f"{checkpoint}: its optimizer has the groups {loaded}, this run has {names}"
             )
-
-
-def _held_out_sums(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """Loss, right tokens, tokens, right rows and rows of a batch, (5,) of float64."""
-    inputs = dict(inputs)
-    targets = inputs.pop("labels")[:, 1:]
-    supervised = targets != -100
-    # The columns where some row is supervised; logits of no others are made.
-    columns = supervised.any(dim=0).nonzero().squeeze(1)
-    logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits.float()
-    targets, supervised = targets[:, columns], supervised[:, columns]
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    right = (logits.argmax(dim=-1) == targets) & supervised
-    whole = (right | ~supervised).all(dim=1)
-    counts = (loss, right.sum(), supervised.sum(), whole.sum(), targets.new_tensor(len(targets)))
-    return torch.stack([count.double() for count in counts])
-
-
-def _masters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The fp32 weights that TRL will round to bf16: what learns beside 4-bit weights."""
-    if not getattr(model, "is_loaded_in_4bit", False):
-        return {}
-    return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
