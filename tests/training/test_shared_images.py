@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,9 +118,9 @@ def test_each_picture_is_decoded_once_a_micro_batch(
     read: list[str] = []
     original = mixture.read_picture
 
-    def watch(path: Path, where: str) -> Image.Image:
+    def watch(path: Path, *rest: Any) -> Image.Image:
         read.append(path.name)
-        return original(path, where)
+        return original(path, *rest)
 
     monkeypatch.setattr(mixture, "read_picture", watch)
     train(make(train__iterations=1, train__warmup_iterations=0, train__micro_batch_size=8))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,9 +95,9 @@ def test_resumed_equals_unbroken_without_decoding_what_it_skips(
     decoded: list[Path] = []
     original = mixture.read_picture
 
-    def watch(path: Path, where: str) -> Image.Image:
+    def watch(path: Path, *rest: Any) -> Image.Image:
         decoded.append(path)
-        return original(path, where)
+        return original(path, *rest)
 
     monkeypatch.setattr(mixture, "read_picture", watch)
     assert_same(final(stopped), unbroken)
