@@ -24,9 +24,10 @@ from cogvlm_sft.tune.groups import GroupSummary, group_table
 
 GIB = 2**30
 _TEXT_ALLOWANCE = 512  # tokens of text behind the image where the recipe sets no max_length
-_SLACK = 1.06  # what the allocator holds of activations beyond what is asked for
+# What the allocator holds of activations beyond what is asked for.
+_SLACK = {"cuda": 1.06, "cpu": 1.02}
 # The CUDA context, cuBLAS and the kernels' own; on a CPU, libraries' buffers.
-_WORKSPACE_BYTES = {"cuda": 1.25 * GIB, "cpu": 0.03 * GIB}
+_WORKSPACE_BYTES = {"cuda": 1.25 * GIB, "cpu": 0.01 * GIB}
 _OVERLAP = (
     "activations: what they take beyond the gradients, which a step of one micro-batch makes while "
     "they go"
@@ -191,7 +192,7 @@ def estimate(
 
         def passing(length: int, rows: float) -> dict[str, float]:
             parts = memory.activations(config, recipe, length, rows)
-            parts = {part: _SLACK * size for part, size in parts.items()}
+            parts = {part: _SLACK[device] * size for part, size in parts.items()}
             if rows * processes >= recipe.train.global_batch_size:
                 # One micro-batch a step: gradients take the place of activations as these go.
                 parts["activations"] = max(0.0, parts["activations"] - held["gradients"])
