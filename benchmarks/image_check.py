@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from data_builders.image_check import ImageLimits
 from data_builders.picture_shards import check_images
@@ -25,6 +24,9 @@ from data_builders.picture_shards import check_images
 
 def save_photographs(folder: Path, count: int) -> list[str]:
     """JPEG files of 640 by 480 pixels and the quality of COCO's, no two alike."""
+    # here, since worker processes import this file too
+    from sklearn.datasets import load_sample_images
+
     photographs = [Image.fromarray(array) for array in load_sample_images().images]
     generator = random.Random(0)
     names = []
