@@ -108,7 +108,7 @@ def write_checkpoint(folder: Path, fields: dict, shard: int) -> int:
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
 
     tensors = [
         Planned(name, shape, torch.bfloat16, lambda shape=shape: draw(shape))
