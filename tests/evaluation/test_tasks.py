@@ -99,6 +99,15 @@ def test_every_task_reads_its_files_and_says_its_protocol(name: str, tmp_path: P
     assert all(one.source and one.protocol for one in task.published)
 
 
+def test_half_an_overlap_is_a_miss_in_refcoco(tmp_path: Path) -> None:
+    task = find_task("refcoco")
+    questions = task.read(*make("refcoco", tmp_path))[:1]
+    assert task.score is not None
+    # The true box is 20 x 15 pixels of 40 x 30; half of it, and a little more.
+    assert task.score(questions, ["[[000,000,250,500]]"]).each == [0.0]
+    assert task.score(questions, ["[[000,000,251,500]]"]).each == [1.0]
+
+
 def test_hidden_answers_leave_no_truth(tmp_path: Path) -> None:
     files, images = make("vqav2", tmp_path)
     questions = find_task("vqav2").read(files[:1], images)
