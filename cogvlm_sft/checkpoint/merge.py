@@ -3,16 +3,17 @@
 The base is the unquantised checkpoint, whatever the adapter was trained beside: merging into 4-bit
 weights would round every delta away. One tensor at a time is read, merged in fp32 by PEFT's own
 layer (so that LoRA, rsLoRA and DoRA are what PEFT says they are) and written in the base's dtype;
-memory holds one shard and one matrix. Afterwards a probe batch is run through the merged weights
-and through base + adapter, block by block in fp32; a difference above 1e-5 of the largest logit is
-an error, and no checkpoint is left.
+memory holds a matrix and its merged copies. Afterwards a probe batch is run through the merged
+weights and through base + adapter, block by block in fp32; a difference above 1e-5 of the largest
+logit is an error, and no checkpoint is left.
 """
 
 import copy
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +21,20 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.lora import LoraModel
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
 from cogvlm_sft.checkpoint.adapter import adapter_settings, base_of, quantized_groups
 from cogvlm_sft.checkpoint.load import load_config, weight_files
 from cogvlm_sft.checkpoint.probe import Weights, probe_batch, streamed_logits
+from cogvlm_sft.checkpoint.weights import (
+    Planned,
+    dtype_of,
+    read_headers,
+    read_tensor,
+    write_shard,
+)
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM
 from cogvlm_sft.tune.naming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, linears_of
@@ -144,7 +151,7 @@ class _Merge:
         self.linears = {n.partition(".lora_")[0] for n in self.adapter if ".lora_" in n}
         self.replaced = {name for name in self.adapter if ".lora_" not in name}
         self.files = weight_files(root)
-        self.home = {name: file for file in self.files for name in _names(file)}
+        self.home = read_headers(self.files)
         strange = {n for n in self.linears if f"{n}.weight" not in self.home}
         strange |= self.replaced - self.home.keys()
         if strange:
@@ -153,7 +160,7 @@ class _Merge:
                 f"{min(strange)!r}; the adapter is of another base"
             )
         for name in self.replaced:
-            found, expected = tuple(self.adapter[name].shape), tuple(self.read(name).shape)
+            found, expected = tuple(self.adapter[name].shape), self.home[name].shape
             if found != expected:
                 raise CheckpointError(
                     f"{folder / ADAPTER_WEIGHTS}: {name} has shape {found}, the base's {expected}"
@@ -161,10 +168,10 @@ class _Merge:
 
     def read(self, name: str, folder: Path | None = None) -> torch.Tensor:
         """A tensor of the base, or of a copy of its files in another folder."""
-        file = self.home[name]
-        with safe_open(file if folder is None else folder / file.name, framework="pt") as tensors:
-            found: torch.Tensor = tensors.get_tensor(name)
-            return found
+        header = self.home[name]
+        if folder is not None:
+            header = replace(header, file=folder / header.file.name)
+        return read_tensor(name, header)
 
     def merged(self, name: str) -> torch.Tensor:
         """A tensor of the result in fp32 where the adapter touches it, else the base's own."""
@@ -197,11 +204,11 @@ class _Merge:
         """Every shard of the base, merged, under its own name and in its own dtypes."""
         with tqdm(total=len(self.home), desc="merging", unit="tensor") as bar:
             for file in self.files:
-                shard = {}
-                for name in _names(file):
-                    shard[name] = self.merged(name).to(self.read(name).dtype).contiguous()
-                    bar.update()
-                save_file(shard, staging / file.name, metadata={"format": "pt"})
+                planned = [
+                    Planned(name, header.shape, dtype_of(header), partial(self.merged, name))
+                    for name, header in read_headers([file]).items()
+                ]
+                write_shard(staging / file.name, planned, lambda _: bar.update())
         index = self.base / "model.safetensors.index.json"
         if self.files[0].name != "model.safetensors":
             shutil.copyfile(index, staging / index.name)
@@ -282,11 +289,6 @@ def _adapter_folder(path: Path) -> Path:
         f"{path} holds no {ADAPTER_CONFIG}, so it is no adapter; a run without lora groups writes "
         "a whole checkpoint, which needs no merging"
     )
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
 
 
 def _at_path(path: str, module: nn.Module) -> nn.Module:

@@ -159,7 +159,7 @@ def write_weights(
     total = sum(tensor.nbytes for tensor in tensors)
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=not label) as bar:
         for name, shard in zip(names, shards, strict=True):
-            _write_shard(folder / name, shard, bar.update)
+            write_shard(folder / name, shard, bar.update)
     if count > 1:
         weight_map = {
             tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
@@ -169,7 +169,18 @@ def write_weights(
     return [folder / name for name in names]
 
 
-def _write_shard(file: Path, tensors: Sequence[Planned], written: Callable[[int], object]) -> None:
+def write_shard(file: Path, tensors: Sequence[Planned], written: Callable[[int], object]) -> None:
+    """Writes one safetensors file, a tensor at a time.
+
+    Args:
+        file: to write.
+        tensors: in their order in the file.
+        written: called with the bytes of each tensor once it is written.
+
+    Raises:
+        CheckpointError: a made tensor does not have the planned shape.
+        OSError: the disk is full or not writable.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
@@ -249,5 +260,6 @@ __all__ = [
     "dtype_of",
     "read_headers",
     "read_tensor",
+    "write_shard",
     "write_weights",
 ]
