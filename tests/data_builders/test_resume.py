@@ -131,8 +131,8 @@ def test_killed_ten_times(corpus, script, tmp_path, monkeypatch):
 def test_control_c_says_how_to_go_on(corpus, script, tmp_path):
     process = start(script, corpus, 1)
     work = tmp_path / ".build.building"
-    while len(begun(work)) < 6 and process.poll() is None:
-        time.sleep(0.01)
+    while len(begun(work)) < 2 and process.poll() is None:
+        time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
