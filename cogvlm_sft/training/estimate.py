@@ -3,7 +3,7 @@
 Everything comes from shapes on the meta device, in seconds: nothing is loaded. Memory is that of
 `memory.py`, for each way of spreading the work that can run the recipe; 4-bit weights are spread by
 DDP only. Operations are those of `flops.py`, GPU-hours follow from a stated share of a stated peak.
-On a CPU the sum was within 10 % of the measured peak (`benchmarks/memory.py`, the table in
+On a CPU the sum was compared with the measured peak (`benchmarks/memory.py`, the table in
 docs/memory.md); on a GPU it has not been measured.
 """
 
