@@ -66,7 +66,7 @@ def draw_answers(home: Path, results: Mapping[str, Mapping[str, Any]]) -> Path:
         for axes, sample in zip(column, result["samples"], strict=False):
             with Image.open(sample["images"][0]) as picture:
                 axes.imshow(picture.convert("RGB"), extent=(0, 1000, 1000, 0))
-            color = _RIGHT if sample["right"] else _WRONG
+            color = _RIGHT if sample["score"] == 1.0 else _WRONG
             if found := _BOX.search(sample["prediction"]):
                 x0, y0, x1, y1 = map(int, found.groups())
                 axes.add_patch(
