@@ -23,8 +23,10 @@ from data_builders.workfolder import work_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 # Small shards, and stages that take their time, so that a kill finds the build at work.
+# A job in a shell's background ignores Ctrl-C, and its children do; the build is to hear it here.
 SLOW_BUILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from data_builders import annotations, image_check, picture_shards, record_shards, source
 annotations.CHUNK, picture_shards.SHARD, picture_shards._ITEM = 3000, 30, 5
 picture_shards._SMALL = record_shards.PARALLEL_FROM = 10**12 * (sys.argv[2] == "workers=1")
