@@ -4,9 +4,10 @@
     python benchmarks/checkpoint_memory.py --small    a tenth of the size, figures without verdict
 
 A CogVLM of random weights is written in many shards (and as a SAT checkpoint), about six layers in
-each as in the released files, and each operation runs in a process of its own. Its peak resident size (Linux's VmHWM, so mapped pages count), less
-that of the same process with everything imported, must not exceed what stays in memory (the model,
-for loading; nothing, for exporting, converting and merging) plus one shard, plus 20 %.
+each as in the released files, and each operation runs in a process of its own. Its peak resident
+size (Linux's VmHWM, so mapped pages count), less that of the same process with everything imported,
+must not exceed what stays in memory (the model, for loading; nothing, for exporting, converting and
+merging) plus one shard, plus 20 %.
 """
 
 import argparse
