@@ -9,6 +9,7 @@ stay plain dicts on this path; validation of the result is `data verify`.
 
 import importlib
 import zlib
+from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ class NoOptions(Strict):
     """A source without options of its own."""
 
 
-class Source:
+class Source(ABC):
     """A data set: what to fetch, how to read it, what a record of it means.
 
     Subclasses set the class attributes and override `draft`, and `batches` where their files are
@@ -120,6 +121,7 @@ class Source:
         for path in self.inputs():
             yield from read_keyed(path) if self.keyed else read_records(path, self.wrappers)
 
+    @abstractmethod
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
         """Understands one raw record.
 
@@ -130,7 +132,6 @@ class Source:
         Returns:
             The draft, or the name of the reason to drop the record.
         """
-        raise NotImplementedError
 
     def short(
         self, question: Any, answer: Any, image: Any, notes: Counter[str], **facts: Any

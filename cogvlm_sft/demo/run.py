@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,28 @@ _STYLES = {"digits": "chat", "photos": "chat", "reading": "vqa", "boxes": "vqa"}
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; 0 when all stages succeeded."""
-    parser = argparse.ArgumentParser(prog="python -m cogvlm_sft.demo.run", description=__doc__)
+    return command_line("cogvlm_sft.demo.run", __doc__, run, arguments)
+
+
+def command_line(
+    module: str, description: str | None, run: Callable[[str], object], arguments: list[str] | None
+) -> int:
+    """Parses `--split` and runs a demo; its mistakes are one line each.
+
+    Args:
+        module: For the help.
+        description: For the help.
+        run: The demo, given the split to score.
+        arguments: Of the command line; None takes the process's.
+
+    Returns:
+        The exit status: 0, 2 for a mistake that was named, or that of the stage that failed.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--split",
         choices=("heldout", "validation"),
@@ -50,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parsed = parser.parse_args(arguments)
     try:
-        run(split=parsed.split)
+        run(parsed.split)
     except CogVLMSFTError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,18 +10,15 @@ claim (a visual expert takes nothing from the language model). A run that was st
 it was. It ends with the score on the held-out digits and `runs/smollm2/report.json`.
 """
 
-import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from cogvlm_sft.demo.corpus import make_corpus, package_file
-from cogvlm_sft.demo.run import peak_memory_gib, run_command
-from cogvlm_sft.errors import CheckpointError, CogVLMSFTError
+from cogvlm_sft.demo.run import command_line, peak_memory_gib, run_command
+from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.recipe_files import find_recipe
 
 HOME = Path("runs/smollm2")
@@ -45,27 +42,7 @@ PROMPTS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs every stage; 0 when all succeeded and the text was the same throughout."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cogvlm_sft.demo.smollm2",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--split",
-        choices=("heldout", "validation"),
-        default="heldout",
-        help="digits that are scored; settings are chosen on `validation` only",
-    )
-    parsed = parser.parse_args(arguments)
-    try:
-        run(parsed.split)
-    except CogVLMSFTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except subprocess.CalledProcessError as error:
-        print(f"error: the stage above ended with status {error.returncode}", file=sys.stderr)
-        return error.returncode if error.returncode > 0 else 1
-    return 0
+    return command_line("cogvlm_sft.demo.smollm2", __doc__, run, arguments)
 
 
 def run(split: str = "heldout") -> dict[str, Any]:

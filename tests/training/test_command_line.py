@@ -190,3 +190,11 @@ def test_packaged_recipes_can_be_listed_shown_copied_checked(
     assert main(["recipe", "copy", "chat", str(copy)]) == 2
     assert main(["recipe", "check", str(copy), "tune.visual_exprt.rate=2"]) == 2
     assert "visual_expert" in capsys.readouterr().err
+
+
+def test_counts_are_from_one(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", "x", "--task", "exact_match", "--annotations", "y", "--batch-size", "0"]
+    with pytest.raises(SystemExit) as status:
+        main(command)
+    assert status.value.code == 2
+    assert "--batch-size: 0 is below 1" in capsys.readouterr().err

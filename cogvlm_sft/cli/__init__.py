@@ -1,0 +1,51 @@
+"""The command line: parse, call one library function, print.
+
+Every import of weight stands inside its command, so `--help` answers at once. A mistake of the
+user's is one line on stderr and exit status 2; an interrupted run exits with 130 (Ctrl-C) or with
+what the trainer says of a signal. The recipe is the interface: flags are few on purpose. Each group
+of commands is a module of this folder, its parsers beside what they call.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from cogvlm_sft.cli import checkpoint, data, model, recipe
+from cogvlm_sft.cli.arguments import Command
+from cogvlm_sft.errors import CogVLMSFTError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the return value is the exit status."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # On import it warns of an optional package that only speeds up 4-bit products on some CPUs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    command: Command = parsed.command
+    try:
+        return command(parsed)
+    except CogVLMSFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); say nothing more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cogvlm-sft",
+        description="Supervised fine-tuning of CogVLM.",
+        epilog="example: cogvlm-sft train recipes/chat.yaml train.output=runs/chat",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for group in (model, checkpoint, data, recipe):
+        group.add_parsers(commands)
+    return parser
