@@ -11,6 +11,7 @@ temperature above 0 samples, as clients expect. Requests are answered one after 
 from pathlib import Path
 from typing import Any
 
+from cogvlm_sft.allocator import return_freed_memory
 from cogvlm_sft.chat.limits import check_question, read_data_url
 from cogvlm_sft.chat.session import open_chat
 from cogvlm_sft.errors import CogVLMSFTError, DataError
@@ -125,6 +126,7 @@ def serve(
     tokenizer: Path | None = None,
 ) -> None:
     """Serves until Ctrl-C; as `build_app`."""
+    return_freed_memory()
     app = build_app(checkpoint, tokenizer=tokenizer)
     import uvicorn
 

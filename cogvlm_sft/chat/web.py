@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from cogvlm_sft.allocator import return_freed_memory
 from cogvlm_sft.chat.checkpoints import RUN, related_checkpoints
 from cogvlm_sft.chat.limits import MAX_CHARACTERS, MAX_FILE_BYTES, check_question, read_upload
 from cogvlm_sft.chat.session import Chat, Decoding, open_chat
@@ -329,6 +330,7 @@ def open_page(
         DataError: Gradio is missing, or the port is taken.
     """
     gr = _gradio()
+    return_freed_memory()
     blocks = build_page(checkpoint, compare=compare, tokenizer=tokenizer)
     # Gradio's own fonts come from the network.
     theme = gr.themes.Default(

@@ -8,9 +8,7 @@ weights and through base + adapter, block by block in fp32; a difference above 1
 logit is an error, and no checkpoint is left.
 """
 
-import contextlib
 import copy
-import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
+from cogvlm_sft.allocator import return_freed_memory
 from cogvlm_sft.checkpoint.adapter import adapter_settings, base_of, quantized_groups
 from cogvlm_sft.checkpoint.load import load_config, weight_files
 from cogvlm_sft.checkpoint.probe import Weights, probe_batch, streamed_logits
@@ -42,7 +41,6 @@ from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM
 from cogvlm_sft.tune.naming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, linears_of
 
 LIMIT = 1e-5
-_M_MMAP_THRESHOLD = -3  # malloc.h
 _NAME = "default"
 # Starts of the factors that leave the base's weights as they are; PEFT's others move them.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -110,7 +108,7 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | Path | None = Non
         CheckpointError: a folder is missing, adapter and base do not fit, `out` exists, or the
             merged weights fail the check; nothing is left then.
     """
-    _give_back_freed_memory()
+    return_freed_memory()
     folder, target = _adapter_folder(Path(adapter)), Path(out)
     root = base_of(folder, base)
     if target.exists():
@@ -262,16 +260,6 @@ class _Merge:
             return self.adapter[name] if name in self.replaced else base(name)
 
         return weights
-
-
-def _give_back_freed_memory() -> None:
-    """Freed tensors go back to the system at once (glibc; elsewhere nothing changes).
-
-    glibc raises its bound for that up to 32 MiB by itself, and matrices of smaller models then stay
-    in its heap: merging 2.3 GB peaked at 6.6 GB with nothing held.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _lora_config(folder: Path) -> LoraConfig:

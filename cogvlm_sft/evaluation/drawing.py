@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from cogvlm_sft.evaluation.metrics.boxes import Box, to_pixels
 
@@ -19,9 +19,7 @@ def for_screen(picture: Image.Image, longest_side: int) -> Image.Image:
     """
     longest = max(picture.size)
     if longest > longest_side:
-        shown = picture.copy()
-        shown.thumbnail((longest_side, longest_side))
-        return shown
+        return ImageOps.contain(picture, (longest_side, longest_side))
     factor = max(1, longest_side // longest)
     size = (picture.width * factor, picture.height * factor)
     return picture.resize(size, Image.Resampling.NEAREST)
