@@ -27,6 +27,7 @@ from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.estimate import GIB, estimate, model_config
 from cogvlm_sft.training.samples import prompt_requests
+from cogvlm_sft.training.services import check_service
 from cogvlm_sft.tune.naming import ADAPTER_CONFIG
 
 RECIPE_FILE = "recipe.yaml"
@@ -98,6 +99,7 @@ def check_ready(recipe: Recipe, world_size: int) -> None:
         missing.append(
             f"train.report_to: the package {service} is not installed; pip install {service}"
         )
+    check("train.report_to", lambda: check_service(service))
     if config is not None:
         missing += _memory_short(recipe, config, world_size)
     if len(missing) == 1:

@@ -8,6 +8,7 @@ The run card is the `README.md` of the finished checkpoint, ready for the Hub.
 import hashlib
 import json
 import platform
+import secrets
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +46,7 @@ def _digest(path: Path) -> str:
 def write_run_file(recipe: Recipe, groups: Sequence[GroupSummary]) -> None:
     """Write `run.json`, beside its place and renamed."""
     content = {
+        "name": f"{recipe.train.output.name}-{secrets.token_hex(4)}",  # at a service of figures
         "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
         "data": data_digests(recipe),
         "groups": [

@@ -38,6 +38,7 @@ from cogvlm_sft.training.preflight import (
 from cogvlm_sft.training.provenance import check_same_data, write_card, write_run_file
 from cogvlm_sft.training.samplers import GlobalBatchSampler, batches_of
 from cogvlm_sft.training.samples import PromptSamples
+from cogvlm_sft.training.services import service_run
 from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped, is_lost_process
 from cogvlm_sft.training.surroundings import deterministic, fresh_output, quiet
 from cogvlm_sft.training.telemetry import (
@@ -151,25 +152,26 @@ def train(recipe: Recipe) -> TrainResult:
             adapter=_adapter_files(recipe),
         )
         _agree(resume_from)
-        try:
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        except RuntimeError as error:
-            if world_size == 1 or not is_lost_process(error):
-                raise
-            raise _lost(recipe, error) from error
-        finally:
-            stop.restore()
-            progress.close()
-        if trainer.state.global_step < recipe.train.iterations:
-            snapshot = snapshots.snapshot_folder(recipe.train.output, trainer.state.global_step)
-            if first:
-                print(
-                    f"stopped after step {trainer.state.global_step}; the same command goes on "
-                    f"from {snapshot}",
-                    file=sys.stderr,
-                )
-            raise TrainingStopped(stop.received or 0, trainer.state.global_step, snapshot)
-        return _finish(trainer, model, processor, recipe, started)
+        with service_run(arguments, recipe, first=first, resumed=resume_from is not None):
+            try:
+                trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            except RuntimeError as error:
+                if world_size == 1 or not is_lost_process(error):
+                    raise
+                raise _lost(recipe, error) from error
+            finally:
+                stop.restore()
+                progress.close()
+            if trainer.state.global_step < recipe.train.iterations:
+                snapshot = snapshots.snapshot_folder(recipe.train.output, trainer.state.global_step)
+                if first:
+                    print(
+                        f"stopped after step {trainer.state.global_step}; the same command goes on "
+                        f"from {snapshot}",
+                        file=sys.stderr,
+                    )
+                raise TrainingStopped(stop.received or 0, trainer.state.global_step, snapshot)
+            return _finish(trainer, model, processor, recipe, started)
 
 
 def _agree(resume_from: Path | None) -> None:
