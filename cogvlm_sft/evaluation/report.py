@@ -87,6 +87,7 @@ def _section(report: dict[str, Any]) -> str:
             "<p>No score: the true answers are hidden, or a judge is needed. The answers are in "
             "the official format beside this page.</p>"
         )
+    parts += [f"<p class=under>{html.escape(note)}</p>" for note in report["notes"]]
     if report["published"]:
         parts.append(_published(report["published"]))
     parts.append("<h3>How it was asked</h3><dl>")

@@ -1,7 +1,7 @@
 """Scorers against the official ones: values that visualqa.org's and pycocoevalcap's code printed.
 
 `golden/captions.json` was written by pycocoevalcap 1.2 under Java 17: captions with what its
-tokenizer made of them, and two sets of predictions with CIDEr, BLEU and ROUGE-L.
+tokenizer made of them, and sets of predictions with CIDEr, BLEU, ROUGE-L, METEOR and its counts.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.metrics.captions import bleu, bleu_counts, cider_d, rouge_l, tokenize
 from cogvlm_sft.evaluation.metrics.exact import (
     exact_match,
@@ -20,6 +21,7 @@ from cogvlm_sft.evaluation.metrics.exact import (
     pope_answer,
 )
 from cogvlm_sft.evaluation.metrics.intervals import mean_of, mean_within, value_and_interval
+from cogvlm_sft.evaluation.metrics.meteor import meteor, meteor_counts, meteor_program
 from cogvlm_sft.evaluation.metrics.types import mean_per_type
 from cogvlm_sft.evaluation.metrics.vqa import normalize, vqa_accuracy
 
@@ -30,21 +32,66 @@ def test_tokens_equal_the_java_tokenizer() -> None:
     wrong = [(text, tokenize(text), java) for text, java in GOLDEN["tokenizer"]
              if tokenize(text) != java]  # fmt: skip
     assert not wrong, wrong[:5]
-    assert len(GOLDEN["tokenizer"]) > 1000
+    assert len(GOLDEN["tokenizer"]) > 2400
 
 
-@pytest.mark.parametrize("name", ["toy", "made"])
-def test_caption_scores_equal_pycocoevalcap(name: str) -> None:
+SETS = ["toy", "made", "hard"]
+
+
+def _tokenized(name: str) -> tuple[list[str], list[list[str]]]:
     golden = GOLDEN["sets"][name]
     references = [[tokenize(text) for text in group] for group in golden["gts"].values()]
-    predictions = [tokenize(text) for text in golden["res"].values()]
-    official = golden["official"]
+    return [tokenize(text) for text in golden["res"].values()], references
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_caption_scores_equal_pycocoevalcap(name: str) -> None:
+    predictions, references = _tokenized(name)
+    official = GOLDEN["sets"][name]["official"]
     np.testing.assert_allclose(
         cider_d(predictions, references), official["per_image"], rtol=0, atol=1e-9
     )
     found = bleu(bleu_counts(predictions, references))
     assert found == pytest.approx(official["BLEU"], abs=1e-9)
     assert rouge_l(predictions, references).mean() == pytest.approx(official["ROUGE_L"], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_meteor_of_the_programs_counts_equals_its_own_score(name: str) -> None:
+    official = GOLDEN["sets"][name]["official"]
+    counts = np.array(official["meteor_rows"])
+    assert meteor(counts) == pytest.approx(official["METEOR"], abs=1e-12)
+    each = [meteor(row[None]) for row in counts]
+    np.testing.assert_allclose(each, official["meteor_per_image"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_meteors_program_counts_as_under_pycocoevalcap() -> None:
+    try:
+        meteor_program()
+    except DataError as error:
+        pytest.skip(str(error))
+    sets = [_tokenized(name) for name in SETS]
+    counts = meteor_counts([p for one, _ in sets for p in one], [r for _, two in sets for r in two])
+    official = [GOLDEN["sets"][name]["official"]["meteor_rows"] for name in SETS]
+    assert counts.tolist() == [row for rows in official for row in rows]
+
+
+def test_meteor_says_what_is_missing_and_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jar = tmp_path / "pycocoevalcap/meteor/meteor-1.5.jar"
+    jar.parent.mkdir(parents=True)
+    jar.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match="needs Java"):
+        meteor_program()
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\necho no memory >&2\nexit 1\n")
+    java.chmod(0o755)
+    with pytest.raises(DataError, match="failed: no memory"):
+        meteor_counts(["a cat"], [["a cat"]])
 
 
 def test_the_toy_set_scores_what_the_fact_says() -> None:

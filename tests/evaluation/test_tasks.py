@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cogvlm_sft.errors import DataError
-from cogvlm_sft.evaluation.tasks import TASKS, find_task
+from cogvlm_sft.evaluation.tasks import TASKS, captioning, find_task
 from cogvlm_sft.evaluation.tasks.task import Question, judged_scores
 
 from .official_files import make
@@ -16,7 +16,7 @@ from .official_files import make
 # Task: the first question as the model gets it, answers to all, and the figures that they earn.
 CASES: dict[str, tuple[str, str, list[str], dict[str, float]]] = {
     "nocaps": ("base", "", ["A cat sits on a mat.", ""],
-               {"BLEU-1": 36.7879, "CIDEr, in-domain": 0}),
+               {"BLEU-1": 36.7879, "CIDEr": 283.1456, "CIDEr, in-domain": 566.2913}),
     "flickr30k": ("base", "", ["A cat."], {"BLEU-1": 100, "ROUGE-L": 100}),
     "coco_captions": ("base", "", ["", ""], {"CIDEr": 0, "ROUGE-L": 0}),
     "textcaps": ("base", "", ["A stop sign.", "A bus to LA."], {"ROUGE-L": 100}),
@@ -49,6 +49,16 @@ CASES: dict[str, tuple[str, str, list[str], dict[str, float]]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """METEOR's program takes seconds to start where it is installed."""
+    monkeypatch.setattr(captioning, "meteor_counts", _missing)
+
+
+def _missing(*_: object) -> Any:
+    raise DataError("METEOR needs Java")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_questions_and_scores(name: str, tmp_path: Path) -> None:
     style, asked, answers, expected = CASES[name]
@@ -64,6 +74,24 @@ def test_questions_and_scores(name: str, tmp_path: Path) -> None:
     assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-3)
     assert len(scores.each) == len(questions)
     assert all(0 <= value <= 1 for value in scores.each)
+
+
+def test_meteor_is_a_figure_where_java_is_and_a_note_where_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = find_task("nocaps")
+    questions = task.read(*make("nocaps", tmp_path))
+    assert task.score is not None
+    answers = ["a cat", "a dog"]
+    assert task.score(questions, answers).notes == [
+        "METEOR is not computed: METEOR needs Java."
+    ]  # fmt: skip
+    counts = np.array([[6, 6, 3, 3, 2, 2, 3, 3, 1, 1, *[0] * 10, 1, 6, 6]] * 2)
+    monkeypatch.setattr(captioning, "meteor_counts", lambda *_: counts)
+    scores = task.score(questions, answers)
+    found = {figure.name: figure.statistic(np.arange(2)) for figure in scores.figures}
+    assert found["METEOR"] == pytest.approx(0.9)
+    assert not scores.notes
 
 
 UPLOADS: dict[str, Any] = {

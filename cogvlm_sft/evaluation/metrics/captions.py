@@ -3,8 +3,9 @@
 They equal the COCO caption scorer (pycocoevalcap 1.2) on the same captions, which a test holds to
 1e-9; its package needs a Java machine and 100 MB of jars, so the arithmetic stands here. CIDEr's
 inverse document frequency comes from the references of the run: a figure on a part of a data set
-does not compare with one on the whole, and a single picture always gives 0. METEOR and SPICE exist
-in Java only: the prediction file is in the format that pycocoevalcap reads.
+does not compare with one on the whole, and a single picture always gives 0. METEOR is in
+`meteor.py`. SPICE is not here: its parser is fetched at its first use; the prediction file is in
+the format that pycocoevalcap reads.
 """
 
 import math

@@ -29,45 +29,63 @@ _ABBREVIATIONS = (
     "Neb|Nev|Okla|Ore|Pa|Penn|Tenn|Tex|Va|Vt|Wash|Wisc?|Wyo"
 )
 _BEFORE_NUMBERS = "Nos?|Figs?|Art|pp|op|ca"
-_WORD = r"[^\W\d_](?:[^\W_]|[\u0300-\u036f]|_(?=\w))*"
-_JOINED = rf"(?:{_WORD}|\d+(?:[^\W_])*)"
-_CLITIC = r"(?:'|\u2019)(?:[sSmMdD]|re|RE|ve|VE|ll|LL)(?![^\W_])"
+# A letter or digit; raised and lowered ones and fractions are tokens of their own.
+_SMALL = "\u00b2\u00b3\u00b9\u2070-\u209c\u00bc-\u00be\u2150-\u215e"
+_CHARACTER = rf"[^\W_{_SMALL}]"
+_LETTER = rf"[^\W\d_{_SMALL}]"
+_APOSTROPHE = "['\u2019]"
+_HYPHEN = "[-\u2010\u2011]"
+_WORD = rf"{_LETTER}(?:{_CHARACTER}|[\u0300-\u036f]|_(?=[^\W_]))*"
+_JOINED = rf"(?:{_WORD}|\d+{_CHARACTER}*)"
+_END = rf"(?!{_CHARACTER})"
+_CLITIC = rf"{_APOSTROPHE}(?:[sSmMdD]|re|RE|ve|VE|ll|LL){_END}"
 
 _TOKEN = re.compile(
     "|".join(
         [
-            r"(?P<tag></?[A-Za-z!?][^<>\r\n]*>)",
-            r"(?P<entity>&(?:amp|AMP);)",
+            r"(?P<tag></?[A-Za-z!?][^<>\r\n=]*>)",
+            r"(?P<entity>&(?i:amp|lt|gt|quot|apos|nbsp);)",
             r"(?P<url>(?i:https?)://[^\s\"<>|()]*[^\s\"<>|().,;:!?'-]|"
             r"www\.[^\s\"<>|()]*[^\s\"<>|().,;:!?'-])",
-            r"(?P<email>[A-Za-z0-9][^\s\"<>|()\u00a0]*@(?:[^\s\"<>|().\u00a0]+\.)+[A-Za-z]{2,})",
+            r"(?P<email>[A-Za-z0-9][^\s\"<>|()\u00a0]*@(?:[^\s\"<>|().\u00a0]+\.)+"
+            r"[^\s\"<>|().\u00a0]{2,})",
             r"(?P<handle>[#@][A-Za-z_][A-Za-z0-9_]*)",
-            r"(?P<smiley>[:;8=][-']?[()DPdp](?![A-Za-z0-9]))",
+            r"(?P<smiley>[:;=][-']?[()DPdp\[\]](?![A-Za-z0-9])|[:=]-?\\|:O(?![A-Za-z0-9])|>:\)|"
+            r"-_-|\^_\^|>_<)",
             # "cannot" and its kind are two words.
-            r"(?P<pair>(?i:(?P<first>can)(?P<second>not)|(?:gon|wan)na|gotta|gimme|lemme)(?![^\W_]))",
-            r"(?P<tis>(?i:'t(?=is(?![^\W_])|was(?![^\W_]))))",
+            rf"(?P<pair>(?i:(?P<first>can)(?P<second>not)|(?:gon|wan)na|gotta|gimme|lemme){_END})",
+            rf"(?P<tis>(?i:'t(?=is{_END}|was{_END})))",
             # Words that begin with an apostrophe or hold one.
-            r"(?P<apostrophe>(?i:'(?:em|til|cause|cuz|n)(?![^\W_])'?|o'clock|ma'am|hallowe'en|[dlo]'[a-z]+|"
-            r"'?\d\ds(?![^\W_]))|'\d\ds?(?![^\W_]))",
-            r"(?P<negated>[^\W\d_]+?(?=(?i:n't)(?![^\W_])))",
-            r"(?P<not>(?i:n't)(?![^\W_]))",
-            r"(?P<yall>(?i:y')(?=(?i:all)(?![^\W_])))",
+            rf"(?P<apostrophe>(?i:{_APOSTROPHE}(?:em|til|cause|cuz|n){_END}{_APOSTROPHE}?|"
+            rf"o{_APOSTROPHE}clock|ma{_APOSTROPHE}am|hallowe{_APOSTROPHE}en|"
+            rf"(?<!{_CHARACTER})(?:[cdlo]|qu){_APOSTROPHE}[a-z]+|'?\d\ds{_END})|"
+            rf"{_APOSTROPHE}\d\ds?{_END})",
+            rf"(?P<negated>{_LETTER}+?(?=(?i:n{_APOSTROPHE}t){_END}))",
+            rf"(?P<not>(?i:n{_APOSTROPHE}t){_END})",
+            rf"(?P<yall>(?i:y{_APOSTROPHE})(?=(?i:all){_END}))",
             rf"(?P<clitic>{_CLITIC})",
-            r"(?P<then>(?i:'n)(?![^\W_]))",
-            rf"(?P<abbreviation>(?i:{_ABBREVIATIONS})\.(?![^\W\d_])|"
+            rf"(?P<then>(?i:'n){_END})",
+            rf"(?P<abbreviation>(?i:{_ABBREVIATIONS})\.(?!{_LETTER})|"
             rf"(?i:{_BEFORE_NUMBERS})\.(?=\s*\d))",
-            r"(?P<acronym>[A-Za-z](?:\.[A-Za-z])+(?:\.(?:-[^\W_]+)*|(?![^\W_])))",
-            r"(?P<initial>[A-Za-z]\.(?![^\W_]))",
-            r"(?P<money>\$|\u00a3|\u20ac|\u00a2)",
-            r"(?P<fraction>[\u00bc\u00bd\u00be])",
+            rf"(?P<acronym>[A-Za-z](?:\.[A-Za-z])+(?:\.(?:-[^\W_]+)*|{_END}))",
+            rf"(?P<initial>[A-Za-z]\.{_END})",
+            r"(?P<money>(?:US|HK|NZ|AU|CA|[ACRSUZ])\$|\$|\u00a3|\u20ac|\u00a2)",
+            rf"(?P<language>[CcFf]#{_END}|[Cc]\+\+)",
+            r"(?P<fraction>[\u00bc-\u00be\u2153\u2154])",
             r"(?P<time>\d+(?::\d+)+(?=[A-Za-z]))",
             r"(?P<mixed>\d+[ \u00a0]\d+/\d+(?![\d/]))",
-            rf"(?P<number>[-+]?\d*(?:[.,:/-]?\d+)+(?:[^\W\d_][^\W_]*)?(?:[-/]{_JOINED})*)",
-            rf"(?P<word>{_WORD}(?:[.!?](?={_WORD}){_WORD}|[-/&](?={_JOINED}){_JOINED})*)",
+            # Telephone numbers hold their spaces.
+            r"(?P<telephone>(?<!\d)(?:\(\d{2,3}\)[ \u00a0]?|\d{2,4}[ \u00a0])"
+            r"\d{3,4}[ \u00a0-]\d{3,5}(?!\d))",
+            rf"(?P<number>[-+]?\d*(?:[.,:/-]?\d+)+(?:{_LETTER}{_CHARACTER}*)?"
+            rf"(?:(?:{_HYPHEN}|/){_JOINED})*)",
+            r"(?P<firm>[A-Z]+(?:&[A-Z]+)+)",
+            rf"(?P<word>{_WORD}(?:[.!?](?={_WORD}){_WORD}|(?:{_HYPHEN}|/)(?={_JOINED}){_JOINED})*)",
             r"(?P<dots>\.{2,}|\u2026|(?:\.\s){2,}\.)",
             r"(?P<shout>[?!]+)",
-            r"(?P<dash>-{2,}|[\u2013\u2014\u2015])",
+            r"(?P<dash>-{2,}|[\u2010\u2011\u2013-\u2015])",
             r"(?P<quote>''|``|[\"\u201c\u201d\u2018\u2019'`\u00ab\u00bb])",
+            r"(?P<run>\*+|_+)",
             r"(?P<other>\S)",
         ]
     )
@@ -75,8 +93,12 @@ _TOKEN = re.compile(
 _WRITTEN = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "\u00a3": "#", "\u20ac": "$", "\u00a2": "cents",
-    "\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4",
+    "\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3",
 }  # fmt: skip
+_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">"}
+# What the program cannot read is not there: signs above U+FFFF (emoji), invisible and some other
+# marks. A soft hyphen joins.
+_UNREADABLE = re.compile("[\U00010000-\U0010ffff\u200b-\u200f\ufe0f\ufeff\u2039\u203a\u20a9\u20b9]")
 
 
 def ptb_tokens(caption: str) -> list[str]:
@@ -86,18 +108,25 @@ def ptb_tokens(caption: str) -> list[str]:
         caption: One line of text; line breaks count as spaces.
     """
     tokens: list[str] = []
-    for match in _TOKEN.finditer(caption.replace("\n", " ")):
-        kind, text = match.lastgroup, match.group()
+    text = _UNREADABLE.sub(" ", caption.replace("\n", " ")).replace("\u00ad", "")
+    for match in _TOKEN.finditer(text):
+        kind, token = match.lastgroup, match.group()
         if kind == "second":  # the last named group of a pair is inside it
             kind = "pair"
         if kind == "pair":
-            tokens += [text[:3], text[3:]]
-        elif kind == "mixed":  # "3 1/2" is one token, joined by a no-break space
-            tokens.append(text.replace(" ", "\u00a0"))
+            tokens += [token[:3], token[3:]]
+        elif kind in ("mixed", "telephone", "tag"):  # one token, joined by no-break spaces
+            tokens.append(_brackets(token.replace(" ", "\u00a0")))
         elif kind == "entity":
-            tokens.append("&")
+            tokens.append(_ENTITIES.get(token.lower(), "''"))
         elif kind == "smiley":
-            tokens.append(text.replace("(", "-lrb-").replace(")", "-rrb-"))
+            tokens.append(_brackets(token))
+        elif kind in ("clitic", "not"):
+            tokens.append(token.replace("\u2019", "'"))
         elif kind not in ("dots", "dash", "quote"):
-            tokens.append(_WRITTEN.get(text, text))
+            tokens.append(_WRITTEN.get(token, token))
     return [token.lower() for token in tokens if token not in _PUNCTUATION]
+
+
+def _brackets(token: str) -> str:
+    return token.replace("(", "-lrb-").replace(")", "-rrb-")

@@ -52,10 +52,12 @@ class Scores:
     Attributes:
         figures: The numbers, the one that papers quote first.
         each: One value from 0 (wrong) to 1 (right) for every question, to find the worst cases.
+        notes: Sentences to stand beside the figures, such as what could not be computed and why.
     """
 
     figures: list[Figure]
     each: Sequence[float]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
