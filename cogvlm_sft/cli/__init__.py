@@ -16,6 +16,8 @@ from cogvlm_sft.cli import checkpoint, data, model, recipe
 from cogvlm_sft.cli.arguments import Command
 from cogvlm_sft.errors import CogVLMSFTError
 
+_STANDS_ON = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the return value is the exit status."""
@@ -24,6 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     parser = _parser()
     parsed = parser.parse_args(arguments)
+    if parsed.version:
+        print(_versions())
+        return 0
+    if parsed.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     command: Command = parsed.command
     try:
         return command(parsed)
@@ -45,7 +53,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Supervised fine-tuning of CogVLM.",
         epilog="example: cogvlm-sft train recipes/chat.yaml train.output=runs/chat",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(command=None)
+    parser.add_argument("--version", action="store_true", help="of this and of what it stands on")
+    commands = parser.add_subparsers(metavar="COMMAND")
     for group in (model, checkpoint, data, recipe):
         group.add_parsers(commands)
     return parser
+
+
+def _versions() -> str:
+    """What a report of a defect should name, a package a line."""
+    from importlib.metadata import version
+
+    return "\n".join(f"{name} {version(name)}" for name in ("cogvlm-sft", *_STANDS_ON))

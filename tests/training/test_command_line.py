@@ -192,6 +192,17 @@ def test_packaged_recipes_can_be_listed_shown_copied_checked(
     assert "visual_expert" in capsys.readouterr().err
 
 
+def test_no_command_shows_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "talk to a checkpoint" in capsys.readouterr().err
+
+
+def test_versions_for_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names[:2] == ["cogvlm-sft", "torch"]
+
+
 def test_counts_are_from_one(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["evaluate", "x", "--task", "exact_match", "--annotations", "y", "--batch-size", "0"]
     with pytest.raises(SystemExit) as status:
