@@ -11,9 +11,9 @@ import statistics
 import time
 from pathlib import Path
 
-from cogvlm_sft.checkpoint.load import load_model, load_processor
+from cogvlm_sft.checkpoint.load import load_processor
 from cogvlm_sft.evaluation.generate import Request, generate_answers
-from cogvlm_sft.evaluation.run import default_dtype, pick_device
+from cogvlm_sft.evaluation.loading import open_model
 from cogvlm_sft.evaluation.tasks import find_task
 
 
@@ -25,8 +25,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parsed = parser.parse_args()
-    device = pick_device()
-    model = load_model(parsed.checkpoint, dtype=default_dtype(device)).to(device)
+    model = open_model(parsed.checkpoint)
     processor = load_processor(parsed.checkpoint)
     task = find_task("exact_match")
     questions = task.read([parsed.annotations], parsed.images)[: parsed.questions]

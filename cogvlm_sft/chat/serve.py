@@ -9,7 +9,7 @@ temperature above 0 samples, as clients expect. Requests are answered one after 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cogvlm_sft.allocator import return_freed_memory
 from cogvlm_sft.chat.limits import check_question, read_data_url
@@ -19,13 +19,20 @@ from cogvlm_sft.errors import CogVLMSFTError, DataError
 _INSTALL = "pip install 'cogvlm-sft[serve]'"
 
 
-def build_app(checkpoint: Path, *, name: str = "cogvlm", tokenizer: Path | None = None) -> Any:
+def build_app(
+    checkpoint: Path,
+    *,
+    name: str = "cogvlm",
+    tokenizer: Path | None = None,
+    quantize: Literal["nf4"] | None = None,
+) -> Any:
     """The server's application, its model loaded.
 
     Args:
         checkpoint: Checkpoint or adapter folder.
         name: What clients call the model.
         tokenizer: Tokenizer folder, where the checkpoint holds none.
+        quantize: As in `open_model`.
 
     Returns:
         A FastAPI application with /v1/chat/completions, /v1/completions, /v1/responses,
@@ -52,7 +59,7 @@ def build_app(checkpoint: Path, *, name: str = "cogvlm", tokenizer: Path | None 
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["cogvlm"] = "CogVLMForCausalLM"
-    chat = open_chat(checkpoint, tokenizer=tokenizer)
+    chat = open_chat(checkpoint, tokenizer=tokenizer, quantize=quantize)
 
     class Manager(ModelManager):
         """Knows one model, and loads nothing that a client names."""
@@ -124,10 +131,11 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     tokenizer: Path | None = None,
+    quantize: Literal["nf4"] | None = None,
 ) -> None:
     """Serves until Ctrl-C; as `build_app`."""
     return_freed_memory()
-    app = build_app(checkpoint, tokenizer=tokenizer)
+    app = build_app(checkpoint, tokenizer=tokenizer, quantize=quantize)
     import uvicorn
 
     print(f"OpenAI-compatible server: http://{host}:{port}/v1, model 'cogvlm' (Ctrl-C ends it)")

@@ -10,17 +10,17 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from cogvlm_sft.chat.limits import check_question, read_upload
-from cogvlm_sft.checkpoint.load import load_model, load_processor
+from cogvlm_sft.checkpoint.load import load_processor
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.generate import evaluation_mode
-from cogvlm_sft.evaluation.run import default_dtype, pick_device
+from cogvlm_sft.evaluation.loading import open_model
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.model.token_layout import build_position_ids
 
@@ -180,6 +180,7 @@ def open_chat(
     decoding: Decoding | None = None,
     tokenizer: Path | str | None = None,
     dtype: str | None = None,
+    quantize: Literal["nf4"] | None = None,
 ) -> Chat:
     """Loads a checkpoint to talk to, on the GPU where there is one.
 
@@ -188,12 +189,11 @@ def open_chat(
         style: Prompt template; None takes the checkpoint's own.
         decoding: How answers are drawn; greedy, at most 256 tokens, where it is not given.
         tokenizer: Tokenizer folder, where the checkpoint holds none.
-        dtype: Of the weights; bfloat16 on a GPU and float32 on a CPU where it is not given.
+        dtype, quantize: As in `open_model`.
 
     Raises:
         CheckpointError: The folder is missing or is not a whole checkpoint.
     """
-    device = pick_device()
-    model = load_model(checkpoint, dtype=dtype or default_dtype(device)).to(device)
+    model = open_model(checkpoint, dtype=dtype, quantize=quantize)
     processor = load_processor(checkpoint, tokenizer)
     return Chat(model, processor, style=style, decoding=decoding or Decoding())

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from cogvlm_sft.chat.limits import check_question, read_upload
 from cogvlm_sft.chat.session import Chat, Decoding, open_chat
@@ -33,6 +33,7 @@ def ask(
     style: str | None = None,
     decoding: Decoding | None = None,
     tokenizer: Path | str | None = None,
+    quantize: Literal["nf4"] | None = None,
     draw: Path | None = None,
 ) -> dict[str, Any]:
     """One question, one answer.
@@ -43,7 +44,7 @@ def ask(
         checkpoint: Checkpoint or adapter folder.
         image: A picture file, or None for a question about nothing but text.
         question: What is asked.
-        style, decoding, tokenizer: As in `open_chat`.
+        style, decoding, tokenizer, quantize: As in `open_chat`.
         draw: Where to write the picture with the answer's boxes; nothing is written without boxes.
 
     Returns:
@@ -57,7 +58,9 @@ def ask(
     picture = None if image is None else read_upload(Path(image))
     if draw is not None and picture is None:
         raise DataError("--draw needs a picture to draw on; give --image")
-    chat = open_chat(checkpoint, style=style, decoding=decoding, tokenizer=tokenizer)
+    chat = open_chat(
+        checkpoint, style=style, decoding=decoding, tokenizer=tokenizer, quantize=quantize
+    )
     chat.picture = picture
     record = _record(chat, asked, chat.say(asked), image)
     if draw is not None and record["boxes"]:
@@ -72,6 +75,7 @@ def chat_loop(
     style: str | None = None,
     decoding: Decoding | None = None,
     tokenizer: Path | str | None = None,
+    quantize: Literal["nf4"] | None = None,
     as_json: bool = False,
 ) -> None:
     """Talks until `/quit` or the end of the input.
@@ -84,7 +88,9 @@ def chat_loop(
         CheckpointError: The folder is missing or is not a whole checkpoint.
     """
     picture = None if image is None else read_upload(Path(image))
-    chat = open_chat(checkpoint, style=style, decoding=decoding, tokenizer=tokenizer)
+    chat = open_chat(
+        checkpoint, style=style, decoding=decoding, tokenizer=tokenizer, quantize=quantize
+    )
     chat.picture = picture
     prompt = "> " if sys.stdin.isatty() else ""
     run_loop(chat, sys.stdin, _print_now, prompt=prompt, as_json=as_json)

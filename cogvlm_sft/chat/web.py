@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cogvlm_sft.allocator import return_freed_memory
 from cogvlm_sft.chat.checkpoints import RUN, related_checkpoints
@@ -49,11 +49,17 @@ class Shelf:
     Args:
         checkpoints: Label and folder.
         tokenizer: Tokenizer folder, where the checkpoints hold none.
+        quantize: As in `open_model`; for all of them.
     """
 
-    def __init__(self, checkpoints: dict[str, Path], tokenizer: Path | None = None) -> None:
+    def __init__(
+        self,
+        checkpoints: dict[str, Path],
+        tokenizer: Path | None = None,
+        quantize: Literal["nf4"] | None = None,
+    ) -> None:
         self.checkpoints = checkpoints
-        self._tokenizer = tokenizer
+        self._options: dict[str, Any] = {"tokenizer": tokenizer, "quantize": quantize}
         self._loaded: dict[str, Chat] = {}
         self._lock = threading.Lock()
 
@@ -68,7 +74,7 @@ class Shelf:
                 del self._loaded[other]
                 gc.collect()
             if label not in self._loaded:
-                self._loaded[label] = open_chat(self.checkpoints[label], tokenizer=self._tokenizer)
+                self._loaded[label] = open_chat(self.checkpoints[label], **self._options)
             return self._loaded[label]
 
 
@@ -120,14 +126,18 @@ def answers(
 
 
 def build_page(
-    checkpoint: Path, *, compare: Sequence[Path] = (), tokenizer: Path | None = None
+    checkpoint: Path,
+    *,
+    compare: Sequence[Path] = (),
+    tokenizer: Path | None = None,
+    quantize: Literal["nf4"] | None = None,
 ) -> Any:
     """The page, not yet open.
 
     Args:
         checkpoint: A run's output folder, or any checkpoint or adapter folder.
         compare: Further checkpoints to choose from.
-        tokenizer: Tokenizer folder, where the checkpoints hold none.
+        tokenizer, quantize: As in `Shelf`.
 
     Returns:
         A `gradio.Blocks`.
@@ -137,7 +147,7 @@ def build_page(
         CheckpointError: `checkpoint` is not a whole checkpoint.
     """
     gr = _gradio()
-    shelf = Shelf(related_checkpoints(checkpoint, compare), tokenizer)
+    shelf = Shelf(related_checkpoints(checkpoint, compare), tokenizer, quantize)
     shelf.take(RUN, [RUN])  # a wrong folder is said before the page opens
     labels = list(shelf.checkpoints)
 
@@ -313,12 +323,13 @@ def open_page(
     host: str = "127.0.0.1",
     port: int = 7860,
     tokenizer: Path | None = None,
+    quantize: Literal["nf4"] | None = None,
     block: bool = True,
 ) -> Any:
     """Opens the page and, with `block`, serves it until Ctrl-C.
 
     Args:
-        checkpoint, compare, tokenizer: As in `build_page`.
+        checkpoint, compare, tokenizer, quantize: As in `build_page`.
         host: Address to listen on; the default is this machine alone.
         port: Port to listen on; 0 takes a free one.
         block: Whether to wait; without, the page runs beside the caller.
@@ -331,7 +342,7 @@ def open_page(
     """
     gr = _gradio()
     return_freed_memory()
-    blocks = build_page(checkpoint, compare=compare, tokenizer=tokenizer)
+    blocks = build_page(checkpoint, compare=compare, tokenizer=tokenizer, quantize=quantize)
     # Gradio's own fonts come from the network.
     theme = gr.themes.Default(
         primary_hue="teal",

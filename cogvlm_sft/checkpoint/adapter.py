@@ -95,9 +95,16 @@ def quantized_groups(folder: Path) -> tuple[list[str], torch.dtype] | None:
     """Groups that were held in 4 bits while an adapter was trained, and the dtype they came from.
 
     None where they were not, or where another tool wrote the adapter and does not say.
+
+    Raises:
+        CheckpointError: the weights are missing or damaged.
     """
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
-        note = (tensors.metadata() or {}).get(QUANTIZED_NOTE)
+    file = folder / ADAPTER_WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            note = (tensors.metadata() or {}).get(QUANTIZED_NOTE)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: damaged or incomplete ({error})") from None
     if note is None:
         return None
     found = json.loads(note)

@@ -39,3 +39,12 @@ def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings that replace the recipe's"
     )
+
+
+def quantize_argument(parser: argparse.ArgumentParser) -> None:
+    """4-bit weights, for a checkpoint that is larger than the card."""
+    parser.add_argument(
+        "--quantize",
+        choices=("nf4",),
+        help="hold language model and visual expert in 4 bits: 16 GB for a 17B model, not 35",
+    )

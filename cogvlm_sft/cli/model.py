@@ -4,7 +4,12 @@ import argparse
 import json
 from pathlib import Path
 
-from cogvlm_sft.cli.arguments import add_command, positive, recipe_arguments
+from cogvlm_sft.cli.arguments import (
+    add_command,
+    positive,
+    quantize_argument,
+    recipe_arguments,
+)
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -79,6 +84,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     evaluate.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="where the checkpoint holds none"
     )
+    quantize_argument(evaluate)
     evaluate.add_argument(
         "--output",
         type=Path,
@@ -114,6 +120,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     chat.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="where the checkpoint holds none"
     )
+    quantize_argument(chat)
     place = chat.add_mutually_exclusive_group()
     place.add_argument("--web", action="store_true", help="a page in the browser")
     place.add_argument("--serve", action="store_true", help="an OpenAI-compatible server")
@@ -148,7 +155,11 @@ def _train(arguments: argparse.Namespace) -> int:
         from cogvlm_sft.evaluation.run import evaluate_tasks
 
         evaluated = evaluate_tasks(
-            result.output, recipe.evaluate.tasks, batch_size=recipe.evaluate.batch_size
+            result.output,
+            recipe.evaluate.tasks,
+            batch_size=recipe.evaluate.batch_size,
+            # What was trained in 4 bits may fit this machine in no other way.
+            quantize=recipe.model.quantize.type if recipe.model.quantize else None,
         )
         if evaluated is not None:
             print(f"evaluation: {evaluated}")
@@ -184,6 +195,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         output=arguments.output,
         tokenizer=arguments.tokenizer,
+        quantize=arguments.quantize,
     )
     if report:  # the first process alone has one
         print(json.dumps(report, indent=2, ensure_ascii=False))
@@ -200,6 +212,7 @@ def _chat(arguments: argparse.Namespace) -> int:
             host=arguments.host,
             port=arguments.port or 7860,
             tokenizer=arguments.tokenizer,
+            quantize=arguments.quantize,
         )
         return 0
     if arguments.serve:
@@ -210,6 +223,7 @@ def _chat(arguments: argparse.Namespace) -> int:
             host=arguments.host,
             port=arguments.port or 8000,
             tokenizer=arguments.tokenizer,
+            quantize=arguments.quantize,
         )
         return 0
     from cogvlm_sft.chat.session import Decoding
@@ -223,6 +237,7 @@ def _chat(arguments: argparse.Namespace) -> int:
             style=arguments.style,
             decoding=decoding,
             tokenizer=arguments.tokenizer,
+            quantize=arguments.quantize,
             as_json=arguments.json,
         )
         return 0
@@ -233,6 +248,7 @@ def _chat(arguments: argparse.Namespace) -> int:
         style=arguments.style,
         decoding=decoding,
         tokenizer=arguments.tokenizer,
+        quantize=arguments.quantize,
         draw=arguments.draw,
     )
     print(json.dumps(record, ensure_ascii=False) if arguments.json else record["answer"])

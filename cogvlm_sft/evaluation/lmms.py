@@ -12,15 +12,15 @@ and its POPE an exact yes or no, so they are not those of `cogvlm-sft evaluate`.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from tqdm import tqdm
 
-from cogvlm_sft.checkpoint.load import load_model, load_processor
+from cogvlm_sft.checkpoint.load import load_processor
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.generate import Request, generate_answers
-from cogvlm_sft.evaluation.run import default_dtype, pick_device
+from cogvlm_sft.evaluation.loading import open_model
 
 try:
     from lmms_eval.api.model import lmms as _Base
@@ -46,7 +46,7 @@ class CogVLMSFT(_Base):
         style: Prompt template: `vqa` for short answers, `chat`, or `base`.
         batch_size: Questions generated at once.
         tokenizer: Tokenizer folder, where the checkpoint holds none.
-        dtype: Of the weights; bfloat16 on a GPU and float32 on a CPU where it is not given.
+        dtype, quantize: As in `open_model`.
         **ignored: `device` and `max_batch_size`, which lmms-eval hands to every model.
 
     Raises:
@@ -61,13 +61,13 @@ class CogVLMSFT(_Base):
         batch_size: int | str = 1,
         tokenizer: str | None = None,
         dtype: str | None = None,
+        quantize: Literal["nf4"] | None = None,
         **ignored: Any,
     ) -> None:
         if not _INSTALLED:
             raise DataError("lmms-eval is not installed: pip install 'cogvlm-sft[eval]'")
         super().__init__()
-        device = pick_device()
-        self.model = load_model(checkpoint, dtype=dtype or default_dtype(device)).to(device)
+        self.model = open_model(checkpoint, dtype=dtype, quantize=quantize)
         self.processor = load_processor(checkpoint, tokenizer)
         self.style = style
         self.batch_size = int(batch_size)

@@ -91,7 +91,7 @@ def _section(report: dict[str, Any]) -> str:
     if report["published"]:
         parts.append(_published(report["published"]))
     parts.append("<h3>How it was asked</h3><dl>")
-    for label in ("prompt", "decoding", "post_processing", "metric"):
+    for label in ("prompt", "decoding", "weights", "post_processing", "metric"):
         parts.append(f"<dt>{label.replace('_', '-')}</dt><dd>{html.escape(report[label])}</dd>")
     files = html.escape(", ".join(report["annotations"]))
     parts.append(f"<dt>annotations</dt><dd>{files}</dd></dl>")

@@ -7,21 +7,23 @@ decoding is used and printed, there is no option to change it, since a score und
 is another benchmark.
 """
 
+import gc
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
-from cogvlm_sft.checkpoint.load import load_model, load_processor
+from cogvlm_sft.checkpoint.load import load_processor
 from cogvlm_sft.conversation import strip_marker
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.generate import Request, generate_answers
+from cogvlm_sft.evaluation.loading import describe_weights, open_model
 from cogvlm_sft.evaluation.metrics.intervals import Figure, value_and_interval
 from cogvlm_sft.evaluation.perplexity import PROTOCOL, read_texts, score_texts
 from cogvlm_sft.evaluation.predictions import Predictions, chunks, write_text
@@ -44,6 +46,7 @@ def evaluate_checkpoint(
     batch_size: int = 16,
     output: Path | str | None = None,
     dtype: str | None = None,
+    quantize: Literal["nf4"] | None = None,
     tokenizer: Path | str | None = None,
     judge: Judge | None = None,
 ) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def evaluate_checkpoint(
     Args:
         checkpoint: Checkpoint folder.
         output: Folder of the results; `CHECKPOINT/evaluation/TASK` where it is not given.
-        dtype: Of the weights; bfloat16 on a GPU and float32 on a CPU where it is not given.
+        dtype, quantize: As in `open_model`.
         tokenizer: Tokenizer folder, where the checkpoint holds none.
 
     Raises:
@@ -61,8 +64,7 @@ def evaluate_checkpoint(
     """
     if task != PERPLEXITY:
         find_task(task)
-    device = pick_device()
-    model = load_model(checkpoint, dtype=dtype or default_dtype(device)).to(device)
+    model = open_model(checkpoint, dtype=dtype, quantize=quantize)
     folder = Path(output) if output is not None else Path(checkpoint) / "evaluation" / task
     return evaluate_model(
         model,
@@ -92,7 +94,11 @@ def check_task(task: EvaluateTask) -> None:
 
 
 def evaluate_tasks(
-    checkpoint: Path | str, tasks: Sequence[EvaluateTask], *, batch_size: int = 8
+    checkpoint: Path | str,
+    tasks: Sequence[EvaluateTask],
+    *,
+    batch_size: int = 8,
+    quantize: Literal["nf4"] | None = None,
 ) -> Path | None:
     """Scores a checkpoint on a recipe's tasks, loaded once.
 
@@ -100,6 +106,7 @@ def evaluate_tasks(
         checkpoint: Checkpoint folder; its `evaluation` folder gets a folder for each task.
         tasks: The recipe's `evaluate.tasks`.
         batch_size: Questions generated at once.
+        quantize: As in `open_model`.
 
     Returns:
         The page with all tasks; None on processes other than the first.
@@ -107,8 +114,8 @@ def evaluate_tasks(
     Raises:
         DataError, CheckpointError: As `evaluate_checkpoint`.
     """
-    device = pick_device()
-    model = load_model(checkpoint, dtype=default_dtype(device)).to(device)
+    gc.collect()  # a training that has just ended left its model in reference cycles
+    model = open_model(checkpoint, quantize=quantize)
     processor = load_processor(checkpoint)
     folder = Path(checkpoint) / "evaluation"
     reports = [
@@ -180,6 +187,7 @@ def evaluate_model(
             "task": task,
             "checkpoint": _identity(checkpoint),
             "decoding": found.decoding,
+            "weights": describe_weights(model),
             "batch_size": batch_size,
             "questions": _fingerprint(questions),
         }
@@ -197,7 +205,8 @@ def evaluate_model(
     if log is not None:
         known = log.known()
         answers = [known[question.id] for question in questions]
-    report = _report(found, questions, answers, paths, judge, checkpoint, limit)
+    weights = describe_weights(model)
+    report = _report(found, questions, answers, paths, judge, checkpoint, limit, weights)
     if log is not None:
         log.finish(report.pop("rows"))
         if limit is None and found.upload is not None:
@@ -262,6 +271,7 @@ def _report(
     judge: Judge | None,
     checkpoint: Path | str | None,
     limit: int | None,
+    weights: str,
 ) -> dict[str, Any]:
     scores = None
     if all(question.truth is not None for question in questions):
@@ -290,6 +300,7 @@ def _report(
         "limit": limit,
         "prompt": task.prompt,
         "decoding": task.decoding,
+        "weights": weights,
         "post_processing": task.post_processing,
         "metric": task.metric,
         "count": len(questions),
@@ -345,6 +356,7 @@ def _evaluate_text(
         "limit": limit,
         **PROTOCOL,
         "decoding": f"{PROTOCOL['decoding']}, in windows of {length} tokens",
+        "weights": describe_weights(model),
         "count": len(windows),
         "figures": _figures(figures, len(windows)),
         "notes": [],
@@ -369,18 +381,6 @@ def _write_upload(
     else:
         text = json.dumps(content, ensure_ascii=False) + "\n"
     write_text(folder / task.upload_name, text)
-
-
-def pick_device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def default_dtype(device: torch.device) -> str:
-    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 can be forty times slower."""
-    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def _process() -> tuple[int, int]:

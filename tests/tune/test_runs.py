@@ -1,5 +1,6 @@
 """Whole runs with factors and 4-bit weights: resumed = unbroken, and their results answer."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from bitsandbytes.optim import AdamW8bit
 from safetensors.torch import load_file
 
 from cogvlm_sft import Recipe, RecipeError, train
-from cogvlm_sft.checkpoint.load import load_model
+from cogvlm_sft.chat.session import Chat, Decoding
+from cogvlm_sft.checkpoint.load import load_model, load_processor
 from cogvlm_sft.cli import main
+from cogvlm_sft.evaluation.loading import open_model
 from cogvlm_sft.training import trainer as training
 from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped
 
@@ -144,3 +147,21 @@ def test_the_result_of_a_run_answers(
     assert not [name for name, _ in plain.named_parameters() if "lora" in name]
     beside = load_model(run, quantize=["language", "visual_expert"])
     assert sum(type(module) is Linear4bit for module in beside.modules()) == 20
+    # In 4 bits it answers as the model that was trained, whose own groups are taken.
+    question += ["--json", "--quantize", "nf4", "--max-new-tokens", "16"]
+    assert main(["chat", str(run), "--image", picture, *question]) == 0
+    chat = Chat(beside, load_processor(run), decoding=Decoding(max_new_tokens=16))
+    chat.show(picture)
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["answer"] == chat.say("What colour is it?")
+
+
+def test_an_adapter_is_asked_beside_the_groups_it_was_trained_beside(
+    make_recipe: MakeRecipe,
+) -> None:
+    groups = ["language", "visual_expert", "vision_tower"]
+    changes = {"train__iterations": 2, "model__quantize": {"groups": groups}}
+    run = train(make_recipe(**{**QLORA, **changes})).output
+    model = open_model(run, quantize="nf4")
+    held = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert any(name.startswith("model.vision.transformer") for name in held)
