@@ -116,7 +116,7 @@ def write_card(recipe: Recipe, metrics: Path, samples: Path, picture: str) -> Pa
         "",
         f"# {output.name}",
         "",
-        f"A CogVLM trained with [cogvlm-sft](https://pypi.org/project/cogvlm-sft/) by the recipe "
+        f"A CogVLM trained with cogvlm-sft by the recipe "
         f"`{name}`: {train.iterations:,} steps of {train.global_batch_size} conversations, "
         f"{_origin(recipe)}.",
         "",
