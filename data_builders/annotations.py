@@ -1,14 +1,16 @@
 """Reads annotation files as a stream of record batches, whatever their size and JSON shape.
 
 Arrays are cut by `json_array` at orjson's speed, JSON Lines are read line by line, and objects that
-wrap an array or map ids to records go through ijson. A file that ends early or holds a syntax error
-raises `DataError` with the byte; so does an array that turns out to be none, since reading nothing
-from it would lose records without a word.
+wrap an array or map ids to records go through ijson, or where they hold what ijson refuses, through
+`json_object`. A file that ends early or holds a syntax error raises `DataError` with the byte; so
+does an array that turns out to be none, since reading nothing from it would lose records without a
+word.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +19,7 @@ import orjson
 
 from cogvlm_sft.errors import DataError
 from data_builders.json_array import byte_of, decode, loads, read_array, why_of
+from data_builders.json_object import LoneSurrogates, WholePairs, read_pairs
 
 CHUNK = 4 << 20
 ROWS = 2000
@@ -58,12 +61,15 @@ def require_file(path: Path, what: str = "annotation file") -> Path:
     return path
 
 
-def read_records(path: Path, wrappers: tuple[str, ...] = ()) -> Iterator[Batch]:
+def read_records(
+    path: Path, wrappers: tuple[str, ...] = (), needed: bool = True
+) -> Iterator[Batch]:
     """Batches of an array, of JSON Lines, or of an array inside an object.
 
     Args:
         path: The file.
         wrappers: Keys under which the data set is known to wrap its array.
+        needed: Whether an object must have one of them.
 
     Raises:
         DataError: The file is missing, truncated (with the byte), or of another shape.
@@ -81,7 +87,7 @@ def read_records(path: Path, wrappers: tuple[str, ...] = ()) -> Iterator[Batch]:
             if _is_lines(path, stream, offset):
                 yield from _lines(path, stream, offset)
             else:
-                yield from _wrapped(path, wrappers)
+                yield from _wrapped(path, wrappers, needed)
             return
     found = "nothing but white space" if not head else f"byte {head!r}"
     raise DataError(
@@ -89,12 +95,8 @@ def read_records(path: Path, wrappers: tuple[str, ...] = ()) -> Iterator[Batch]:
     )
 
 
-def read_mapping(path: Path, under: str = "") -> Iterator[tuple[str, Any]]:
-    """Key and value pairs of an object, streamed.
-
-    Args:
-        path: The file.
-        under: Key of the object to walk; empty for the top level.
+def read_mapping(path: Path) -> Iterator[tuple[str, Any]]:
+    """Key and value pairs of an object, streamed; a key that stands there twice comes twice.
 
     Raises:
         DataError: The file is missing, truncated (with the byte), or not an object.
@@ -103,13 +105,9 @@ def read_mapping(path: Path, under: str = "") -> Iterator[tuple[str, Any]]:
     with path.open("rb") as stream:
         offset = _skip_space(stream)
         head = stream.read(1)
-        if head != b"{":
-            raise DataError(f"{path}: expected a JSON object at byte {offset}, found {head!r}")
-        stream.seek(offset)
-        try:
-            yield from ijson.kvitems(stream, under, use_float=True)
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise _broken(path, stream, error) from None
+    if head != b"{":
+        raise DataError(f"{path}: expected a JSON object at byte {offset}, found {head!r}")
+    yield from _streamed(path, lambda stream: ijson.kvitems(stream, "", use_float=True), list)
 
 
 def read_keyed(path: Path) -> Iterator[Batch]:
@@ -137,22 +135,28 @@ def read_json(path: Path) -> Any:
 
 
 def read_head(path: Path, key: str) -> Any:
-    """A top-level value that stands before the first array of an object; None if it is not there.
+    """A top-level text or number of an object; None if it is not there.
+
+    It is looked for up to the first array, which costs nothing, and only then behind it.
 
     Raises:
-        DataError: The file is missing, or ends before that array.
+        DataError: The file is missing or broken.
     """
-    require_file(path)
-    with path.open("rb") as stream:
-        stream.seek(_skip_space(stream))
-        try:
-            for prefix, event, value in ijson.parse(stream, use_float=True, multiple_values=True):
-                if event == "start_array":
-                    return None
-                if prefix == key and event not in ("map_key", "start_map", "end_map"):
-                    return value
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise _broken(path, stream, error) from None
+
+    def found(stream: Any, whole: bool) -> Iterator[Any]:
+        for prefix, event, value in ijson.parse(stream, use_float=True):
+            if event == "start_array" and not whole:
+                return
+            if prefix == key and event in ("string", "number", "boolean"):
+                yield value
+
+    def of(pairs: WholePairs) -> list[Any]:
+        return [value for name, value in pairs if name == key]
+
+    for whole in (False, True):
+        value = next(_streamed(path, partial(found, whole=whole), of), None)
+        if value is not None:
+            return value
     return None
 
 
@@ -198,24 +202,22 @@ def _lines(path: Path, stream: BinaryIO, offset: int) -> Iterator[Batch]:
         yield Batch(path.name, start, records, size=offset - begin)
 
 
-def _wrapped(path: Path, wrappers: tuple[str, ...]) -> Iterator[Batch]:
+def _wrapped(path: Path, wrappers: tuple[str, ...], needed: bool) -> Iterator[Batch]:
     for key in wrappers:
-        records: list[Any] = []
-        start = index = 0
-        with path.open("rb") as stream:
-            stream.seek(_skip_space(stream))
-            try:
-                for record in ijson.items(stream, f"{key}.item", use_float=True):
-                    records.append(record)
-                    index += 1
-                    if len(records) == ROWS:
-                        yield Batch(path.name, start, records)
-                        records, start = [], index
-            except (ijson.JSONError, UnicodeDecodeError) as error:
-                raise _broken(path, stream, error) from None
-        if records:
-            yield Batch(path.name, start, records)
-        if index:
+
+        def items(stream: Any, key: str = key) -> Iterator[Any]:
+            return ijson.items(stream, f"{key}.item", use_float=True)
+
+        def of(pairs: WholePairs, key: str = key) -> Iterator[Any]:
+            lists = (value for name, value in pairs if name == key and type(value) is list)
+            return chain.from_iterable(lists)
+
+        records = _streamed(path, items, of)
+        start = 0
+        while part := list(islice(records, ROWS)):
+            yield Batch(path.name, start, part)
+            start += len(part)
+        if start:
             return
     keys = list(islice(_top_keys(path), 64))
     expected = " or ".join(["a JSON array", *(f'an object with "{key}"' for key in wrappers)])
@@ -224,22 +226,56 @@ def _wrapped(path: Path, wrappers: tuple[str, ...]) -> Iterator[Batch]:
             return  # the array is there and empty
         if key in wrappers:
             raise DataError(f'{path}: expected an array under "{key}", found {kind}')
-    names = [key for key, _ in keys]
-    raise DataError(f"{path}: expected {expected}, found an object with keys {names}")
+    if needed:
+        names = [key for key, _ in keys]
+        raise DataError(f"{path}: expected {expected}, found an object with keys {names}")
+
+
+def _streamed(
+    path: Path,
+    events: Callable[[Any], Iterator[Any]],
+    whole: Callable[[WholePairs], Iterator[Any] | list[Any]],
+) -> Iterator[Any]:
+    """What ijson finds in an object; where it stops at an odd value, the rest by `read_pairs`.
+
+    Args:
+        path: The file.
+        events: Finds it in a stream.
+        whole: Finds it in the pairs of the whole object, in the same order.
+
+    Raises:
+        DataError: The file is truncated or broken, with the byte.
+    """
+    given = 0
+    with require_file(path).open("rb") as stream:
+        stream.seek(_skip_space(stream))
+        try:
+            for item in events(LoneSurrogates(stream)):
+                given += 1
+                yield item
+            return
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            broken = _broken(path, stream, error)
+            if "premature EOF" in str(error):
+                raise broken from None
+    yield from islice(whole(read_pairs(path, broken)), given, None)
 
 
 def _top_keys(path: Path) -> Iterator[tuple[str, str]]:
     """Keys of an object, each with the event that its value begins with."""
-    with path.open("rb") as stream:
-        stream.seek(_skip_space(stream))
-        try:
-            key = None
-            for prefix, event, value in ijson.parse(stream):
-                if key is not None:
-                    yield key, event
-                key = value if prefix == "" and event == "map_key" else None
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise _broken(path, stream, error) from None
+
+    def found(stream: Any) -> Iterator[tuple[str, str]]:
+        key = None
+        for prefix, event, value in ijson.parse(stream):
+            if key is not None:
+                yield key, event
+            key = value if prefix == "" and event == "map_key" else None
+
+    def of(pairs: WholePairs) -> Iterator[tuple[str, str]]:
+        for key, value in pairs:
+            yield key, "start_array" if type(value) is list else type(value).__name__
+
+    return _streamed(path, found, of)
 
 
 def _broken(path: Path, stream: BinaryIO, error: Exception) -> DataError:

@@ -42,6 +42,8 @@ class CaptionSource(Source):
         split = record.get("split")
         if split not in self.options.splits:
             return "split_missing" if split is None else "held_out_split"
+        if record.get("split_unknown"):
+            notes["split_unknown"] += 1
         if "problem" in record:
             return str(record["problem"])
         caption = record["caption"]

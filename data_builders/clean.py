@@ -1,11 +1,12 @@
 """Turns what a data set calls a dialogue into clean question and answer texts.
 
-Rules, each from how the released sets fail their users: only white space at the ends goes, inner
+Rules, each from how the released sets fail their users: only what is blank at the ends goes, inner
 newlines stay; Unicode is NFC; control markers of other templates (`</s>`, `<EOI>`, `[INST]`, a
-literal `<image>`) never survive in a text, because the released CogVLM strips them from prompts but
-trains on them in answers; a leading answer or a trailing question is cut, an empty round is taken
-out. Every repair is counted under a name, every drop has a reason: nothing vanishes silently. A
-text is a plain string and a dialogue a flat list, since this runs once per turn of a build.
+literal `<image>`), in any case and spacing, never survive in a text, because the released CogVLM
+strips them from prompts but trains on them in answers; a leading answer or a trailing question is
+cut, an empty round is taken out. Every repair is counted under a name, every drop has a reason:
+nothing vanishes silently. A text is a plain string and a dialogue a flat list, since this runs once
+per turn of a build.
 """
 
 import re
@@ -17,17 +18,14 @@ from typing import Any
 
 ROLES: dict[str, int] = {
     "human": 0, "user": 0, "question": 0,
-    "gpt": 1, "assistant": 1, "chatgpt": 1, "model": 1, "answer": 1,
+    "gpt": 1, "assistant": 1, "chatgpt": 1, "bot": 1, "model": 1, "answer": 1,
 }  # fmt: skip
 
 _CONTROL = re.compile(
-    r"[ \t]*(?:</?s>|<EOI>|<pad>|<unk>|<image>|<\|im_(?:start|end)\|>|<\|endoftext\|>"
-    r"|\[/?INST\])[ \t]*",
+    r"[ \t]{0,9}(?:<\s{0,3}/?\s{0,3}(?:s|EOI|BOI|pad|unk|image|im_start|im_end|im_patch)"
+    r"\s{0,3}/?\s{0,3}>|<\|\s?(?:im_start|im_end|endoftext|begin_of_text|end_of_text|eot_id)\s?\|>"
+    r"|\[\s?/?\s?INST\s?\])[ \t]*",
     re.IGNORECASE,
-)
-_LEAKED_TURN = re.compile(r"\n\s*(?:Question|Human|USER):.*", re.DOTALL)
-_LEAKED_PROMPT = re.compile(
-    r"(?:Question|Human|USER):.*?\b(?:Answer|Assistant|ASSISTANT):\s*", re.DOTALL
 )
 _REFUSAL = re.compile(r"\bas an ai\b|message is empty")
 _OF_THE_PROMPT = (
@@ -36,35 +34,30 @@ _OF_THE_PROMPT = (
 )  # fmt: skip
 _HINTS = ("mention", "nding box", "aption", "escription", "n AI", " empty")
 _ALIEN = re.compile("[\x00\ud800-\udfff]")
-_MARKER = re.compile(r"\s*<image>\s*")
+_CLOSING = frozenset(".,;:!?)]}\n")
+# what strips as white space does, and shows as little: zero-width marks, byte order marks
+_BLANK = (
+    "".join(c for c in map(chr, range(0x3001)) if c.isspace()) + "\u200b\u200e\u200f\u2060\ufeff"
+)
 
 
 def clean_question(text: str) -> str:
     """A question without picture markers and control markers, ends stripped."""
     if "<image>" in text:
-        text = _MARKER.sub(" ", text)
+        text = _without_markers(text)
     return _plain(text)
 
 
 def clean_answer(text: str, notes: Counter[str]) -> str:
-    """An answer without control markers or a leaked next turn, ends stripped.
+    """An answer without control markers, ends stripped.
 
     Args:
         text: As released.
         notes: Repairs are counted here.
     """
-    plain = _plain(text)
     if ("<" in text or "[" in text) and _CONTROL.search(text):
         notes["control_marker_removed"] += 1
-    if plain.startswith(("Question:", "Human:", "USER:")):
-        plain = _LEAKED_PROMPT.sub("", plain, count=1)
-        notes["leaked_turn_cut"] += 1
-        if plain.startswith(("Question:", "Human:", "USER:")):  # a question and no answer
-            return ""
-    if "\n" in plain and _LEAKED_TURN.search(plain):
-        plain = _LEAKED_TURN.sub("", plain).rstrip()
-        notes["leaked_turn_cut"] += 1
-    return plain
+    return _plain(text)
 
 
 def flags_of(text: str) -> list[str]:
@@ -90,12 +83,30 @@ def flags_of(text: str) -> list[str]:
 def _plain(text: str) -> str:
     if "<" in text or "[" in text:
         while _CONTROL.search(text):  # taking one out may join the halves of another
-            text = _CONTROL.sub(" ", text)
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
+            text = _CONTROL.sub(_join_words, text)
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text.strip()
+    if text.isascii():
+        return text.strip()
+    return unicodedata.normalize("NFC", text).strip(_BLANK)
+
+
+def _join_words(marker: re.Match[str]) -> str:
+    """What stands in a marker's place: a blank, but none before punctuation or a line's end."""
+    text, start, end = marker.string, marker.start(), marker.end()
+    bare = start == 0 or text[start - 1] in "\n(" or end == len(text) or text[end] in _CLOSING
+    return "" if bare else " "
+
+
+def _without_markers(text: str) -> str:
+    """The question around picture markers, which go with the white space around them."""
+    left, *rest = text.split("<image>")
+    for right in rest:
+        before, after = left.rstrip(), right.lstrip()
+        own_line = "\n" in left[len(before) :] or "\n" in right[: len(right) - len(after)]
+        bare = not before or not after or after[0] in _CLOSING
+        left = before + ("" if bare else "\n" if own_line else " ") + after
+    return left
 
 
 def has_alien(text: str) -> bool:
@@ -122,6 +133,8 @@ def dialogue(messages: Any, notes: Counter[str]) -> list[str] | str:
             return "turn_not_an_object"
         role = message.get("from") or message.get("role")
         part = ROLES.get(role) if type(role) is str else None
+        if part is None and type(role) is str:
+            part = ROLES.get(role.strip().lower())
         if part is None:
             return "unknown_role"
         text = message.get("value")
@@ -172,7 +185,7 @@ def text_of(value: Any) -> str | None:
         return "yes" if value else "no"
     if type(value) is int:  # Python refuses to write out numbers of thousands of digits
         return str(value) if abs(value) < 1 << 64 else None
-    if type(value) is float and value == value:
+    if type(value) is float and abs(value) < 1 << 53:  # False for NaN; above, digits are made up
         return str(int(value)) if value.is_integer() else repr(value)
     return None
 

@@ -1,13 +1,19 @@
 """Takes out conversations that are in the build already.
 
-Exact: the same texts about the same picture path. Near: the same texts about pictures whose
-perceptual hashes differ in a few bits at most and whose shapes are alike (the hash looks at a
-square, so a wide picture and a narrow piece of it can share one). A near-duplicate picture with
-*other* text is kept: it teaches something else. The copy that stays is the one whose source comes
-first in the recipe, then the one with the smallest key, so it does not depend on the order of
-files.
+Exact: the same texts about the same picture, which is the same path, or another path whose file
+holds the same bytes (`train2017/000000000009.jpg` and `COCO_train2014_000000000009.jpg`). Near: the
+same texts about pictures whose perceptual hashes differ in a few bits at most and whose shapes are
+alike (the hash looks at a square, so a wide picture and a narrow piece of it can share one). A copy
+of a picture with *other* text is kept: it teaches something else. The copy that stays is the one
+whose source comes first in the recipe, then the one with the smallest key, so it does not depend on
+the order of files.
 """
 
+import os
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +29,43 @@ def drop_exact(ledger: Ledger) -> int:
     return ledger.drop(_later_copies(ledger, ledger.columns["exact"]), "duplicate")
 
 
+def drop_copies(ledger: Ledger, root: Path) -> int:
+    """Drops conversations that say the same about another file with the same bytes.
+
+    Args:
+        ledger: The records.
+        root: What picture paths are relative to; only files of equal size are read.
+
+    Returns:
+        How many raw records went.
+    """
+    sizes: dict[int, int] = {}
+    digests: dict[int, bytes] = {}
+
+    def size(picture: int) -> int:
+        if picture not in sizes:
+            sizes[picture] = os.stat(root / ledger.pictures[picture]).st_size
+        return sizes[picture]
+
+    def digest(picture: int) -> bytes:
+        if picture not in digests:
+            content = (root / ledger.pictures[picture]).read_bytes()
+            digests[picture] = blake2b(content, digest_size=16).digest()
+        return digests[picture]
+
+    mask = np.zeros(len(ledger.alive), bool)
+    for group in _same_texts(ledger):
+        pictures = {record: ledger.pictures_of(record) for record in group}
+        lengths = Counter(tuple(map(size, shown)) for shown in pictures.values())
+        kept: set[tuple[bytes, ...]] = set()
+        for record, shown in pictures.items():
+            if lengths[tuple(map(size, shown))] > 1:
+                content = tuple(map(digest, shown))
+                mask[record] = content in kept
+                kept.add(content)
+    return ledger.drop(mask, "duplicate")
+
+
 def drop_near(ledger: Ledger, facts: dict[int, ImageFacts], bits: int) -> list[tuple[int, int]]:
     """Drops conversations whose twin has a nearly equal picture.
 
@@ -34,20 +77,26 @@ def drop_near(ledger: Ledger, facts: dict[int, ImageFacts], bits: int) -> list[t
     Returns:
         Pairs (kept record, dropped record).
     """
+    pairs: list[tuple[int, int]] = []
+    for group in _same_texts(ledger):
+        pairs += _near_in_group(group, ledger, facts, bits)
+    mask = np.zeros(len(ledger.alive), bool)
+    mask[[gone for _, gone in pairs]] = True
+    ledger.drop(mask, "near_duplicate")
+    return pairs
+
+
+def _same_texts(ledger: Ledger) -> Iterator[list[int]]:
+    """Records that say the same about a picture, several at a time, each group by rank."""
     rank = _rank(ledger)
     live = np.flatnonzero(ledger.alive & (ledger.columns["picture"] >= 0))
     texts = ledger.columns["texts"][live]
     order = np.lexsort((rank[live], texts))
     live, texts = live[order], texts[order]
     starts = np.flatnonzero(np.r_[True, texts[1:] != texts[:-1]])
-    pairs: list[tuple[int, int]] = []
     for start, end in zip(starts, np.r_[starts[1:], len(live)], strict=True):
         if end - start > 1:
-            pairs += _near_in_group([int(r) for r in live[start:end]], ledger, facts, bits)
-    mask = np.zeros(len(ledger.alive), bool)
-    mask[[gone for _, gone in pairs]] = True
-    ledger.drop(mask, "near_duplicate")
-    return pairs
+            yield live[start:end].tolist()
 
 
 def _near_in_group(

@@ -9,6 +9,7 @@ to drop, never paths. Whether the file is a usable picture is `image_check`'s qu
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -142,6 +143,9 @@ class ImageFinder:
             several = several or len(candidates) > 1
         if several:
             return None, "image_ambiguous"
+        bare = name.strip()
+        if bare != name:
+            return self.find(bare)
         plain = self._prefix + joined
         if self._listed:
             target = os.path.join(self.root, plain)
@@ -184,9 +188,10 @@ class ImageFinder:
 
 
 def _stem(path: str) -> str:
-    """A path without its extension, in lower case."""
+    """A path without its extension, in lower case, its accents composed (macOS splits them)."""
     dot = path.rfind(".")
-    return (path[:dot] if dot > path.rfind("/") + 1 else path).lower()
+    stem = (path[:dot] if dot > path.rfind("/") + 1 else path).lower()
+    return stem if stem.isascii() else unicodedata.normalize("NFC", stem)
 
 
 def _choose(candidates: list[str], parts: list[str]) -> str | None:

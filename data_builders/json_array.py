@@ -158,9 +158,14 @@ def loads(raw: bytes) -> Any:
         return orjson.loads(raw)
     except orjson.JSONDecodeError:
         try:
-            return json.loads(raw.decode("utf-8"), strict=False)
+            return json.loads(raw.decode("utf-8"), strict=False, parse_int=integer)
         except RecursionError:
             raise ValueError("nested too deeply") from None
+
+
+def integer(digits: str) -> float:
+    """A whole number; infinity where Python would refuse to read so many digits."""
+    return int(digits) if len(digits) < 4000 else float("inf")
 
 
 def byte_of(error: ValueError) -> int:

@@ -18,7 +18,7 @@ import orjson
 from cogvlm_sft.errors import DataError, RecipeError
 from data_builders.archives import is_archive, resolve
 from data_builders.decontaminate import overlap
-from data_builders.deduplicate import drop_exact, drop_near
+from data_builders.deduplicate import drop_copies, drop_exact, drop_near
 from data_builders.image_check import ImageFacts, ImageLimits
 from data_builders.images import ImageFinder
 from data_builders.manifest import input_facts, make_manifest, versions
@@ -63,6 +63,8 @@ def run_pipeline(work: WorkFolder, recipe: BuildRecipe) -> dict[str, Any]:
         if recipe.deduplicate.text:
             drop_exact(ledger)
         facts = _look_at_pictures(ledger, recipe, root, work)
+        if recipe.deduplicate.text and recipe.images.check:
+            drop_copies(ledger, root)
         hashes = {n: f.phash for n, f in facts.items() if f.phash is not None}
         twins: list[tuple[int, int]] = []
         if recipe.deduplicate.near is not None:

@@ -3,7 +3,8 @@
 Notable choices: the questions wait in memory and the answers stream past them; what finds no
 partner on either side, an id that occurs twice among the questions, and a pair whose halves name
 different pictures are records too, dropped by name. The split is read from the answer file (its
-`data_subtype`, else its name), and decides the pictures' names.
+`data_subtype` and its name; the one that is held out counts where they differ), and decides the
+pictures' names. Question files, which say so in their names, may stand among the answer files.
 """
 
 import re
@@ -28,7 +29,7 @@ class JoinedOptions(SplitOptions):
     """Options of question sets in two files.
 
     Attributes:
-        questions: The question files.
+        questions: The question files; those listed among the annotations need not be named.
     """
 
     questions: list[Path] = Field(default_factory=list)
@@ -48,18 +49,31 @@ class JoinedVqa(Source):
 
     def inputs(self) -> list[Path]:
         """Answer files and question files."""
-        if not self.options.questions:
+        if not self._questions():
             raise DataError(
                 f"source {self.entry.name}: no questions given; answers alone hold no question "
                 f"text. Set `questions` to {self.files[0].name}"
             )
-        return sorted({*super().inputs(), *self.options.questions}, key=lambda p: (p.name, str(p)))
+        if not self._answers():
+            raise DataError(
+                f"source {self.entry.name}: no answers given; it reads {self.files[1].name} beside "
+                "the questions"
+            )
+        return sorted({*self._answers(), *self._questions()}, key=lambda p: (p.name, str(p)))
+
+    def _questions(self) -> list[Path]:
+        listed = {path for path in super().inputs() if "questions" in path.name.lower()}
+        return sorted(listed.union(self.options.questions))
+
+    def _answers(self) -> list[Path]:
+        questions = self._questions()
+        return [path for path in super().inputs() if path not in questions]
 
     def batches(self, finder: ImageFinder) -> Iterator[Batch]:
         """Answers, each with its question; then the questions that found no answer."""
         asked: dict[str, tuple[Any, Any]] = {}
         left: list[dict[str, Any]] = []
-        for path in sorted(set(self.options.questions)):
+        for path in self._questions():
             for batch in read_records(path, ("questions",)):
                 for record in batch.records:
                     key = _question_id(record)
@@ -70,7 +84,7 @@ class JoinedVqa(Source):
                     else:
                         asked[key] = record.get("question"), record.get("image_id")
         answered: set[str] = set()
-        for path in super().inputs():
+        for path in self._answers():
             split = self._split(path)
             for batch in read_records(path, self.wrappers):
                 rows = []
@@ -135,11 +149,10 @@ class JoinedVqa(Source):
         return {}
 
     def _split(self, path: Path) -> str:
-        named = _SPLIT.search(path.name)
         told = read_head(path, "data_subtype")
-        if isinstance(told, str) and split_named(told):
-            return told
-        return named.group() if named else "train2014"
+        given = [told] if isinstance(told, str) and split_named(told) else []
+        given += _SPLIT.findall(path.name)
+        return max(given, key=lambda word: split_named(word) != "train", default="train2014")
 
 
 def _question_id(record: Any) -> str | None:

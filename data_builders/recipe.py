@@ -75,7 +75,10 @@ class ImageRules(Strict):
 
 
 class Deduplicate(Strict):
-    """`text`: same texts, same picture; `near`: same texts, pictures within so many hash bits."""
+    """`text`: same texts, same picture; `near`: same texts, pictures within so many hash bits.
+
+    The same picture is the same path, or where pictures are checked, a file of the same bytes.
+    """
 
     text: bool = True
     near: int | None = Field(default=None, ge=0, le=16)

@@ -56,7 +56,6 @@ _REPAIRS = {
     "control_marker_removed": "control marker taken out of an answer",
     "empty_round_removed": "empty round taken out",
     "leading_answer_removed": "answer before the first question taken out",
-    "leaked_turn_cut": "next turn cut off an answer",
     "marker_added": "picture marker added",
     "marker_moved_or_merged": "picture marker put in its place",
     "trailing_question_removed": "last question without an answer taken out",

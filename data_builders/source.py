@@ -92,7 +92,7 @@ class Source(ABC):
     home: ClassVar[str] = ""
     files: ClassVar[tuple[File, ...]] = ()
     image_folders: ClassVar[tuple[Folder, ...]] = ()
-    wrappers: ClassVar[tuple[str, ...]] = ()
+    wrappers: ClassVar[tuple[str, ...]] = ("annotations", "data")
     keyed: ClassVar[bool] = False
     style: ClassVar[str] = "chat"
     needs_annotations: ClassVar[bool] = True

@@ -28,7 +28,7 @@ from pydantic import Field, field_validator
 
 from cogvlm_sft.errors import DataError
 from data_builders.annotations import ROWS, Batch, read_records
-from data_builders.clean import dialogue, majority, rounds, text_of
+from data_builders.clean import dialogue, human_answers, majority, rounds, text_of
 from data_builders.images import ImageFinder
 from data_builders.recipe import Strict
 from data_builders.source import Draft, File, Folder, Source
@@ -39,6 +39,18 @@ _FORMULA = re.compile(
     r"\s*(?:[=@+\-].*\|.*!|[=@][A-Za-z_.]*\(|[+\-].*\b[A-Z]{2,}\("
     r"|=\s*\$?[A-Za-z]{1,3}\$?\d+\b|=\s*[-+.(\d].*[-+*/^&])"
 )
+
+
+class _Dialogue(list[Any]):
+    """Rows of a file that are the turns of one conversation."""
+
+    def __init__(self, rows: list[Any], unsorted: bool = False) -> None:
+        super().__init__(rows)
+        self.unsorted = unsorted
+
+    def __reduce__(self) -> tuple[type, tuple[list[Any], bool]]:
+        return _Dialogue, (list(self), self.unsorted)
+
 
 Column = Literal["image", "question", "answer", "conversation", "turn", "turns", "id", "style"]
 
@@ -109,15 +121,15 @@ class CustomVQA(Source):
 
     def units(self, record: Any) -> int:
         """Rows of the file in a raw record."""
-        return len(record["_rows"]) if type(record) is dict and "_rows" in record else 1
+        return len(record) if type(record) is _Dialogue else 1
 
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
         """Understands a row, or several joined rows."""
+        if type(record) is _Dialogue:
+            notes["turn_not_a_number"] += record.unsorted and len(record) > 1
+            return self._draft_rows(record, notes)
         if type(record) is not dict:
             return "record_not_an_object"
-        if "_rows" in record:
-            notes["turn_not_a_number"] += record["_unsorted"] and len(record["_rows"]) > 1
-            return self._draft_rows(record["_rows"], notes)
         if record.get("_malformed"):
             return str(record["_malformed"])
         if self._formula(record):
@@ -153,7 +165,7 @@ class CustomVQA(Source):
         question = text_of(asked)
         answer = row.get(self._column("answer"))
         if type(answer) is list:
-            given = [text for text in map(text_of, answer) if text]
+            given = human_answers(answer)
             answer = majority(given) if given else None
         answered = text_of(answer)
         if question is None:
@@ -162,17 +174,25 @@ class CustomVQA(Source):
             return "empty_answer" if answer is None else "answer_not_a_text"
         return question, answered
 
+    def _said(self, row: Any) -> tuple[str, str] | str:
+        """The question and answer of a table's row, or the reason to drop it."""
+        if type(row) is not dict:
+            return "record_not_an_object"
+        if row.get("_malformed"):
+            return str(row["_malformed"])
+        if self._formula(row):
+            return "spreadsheet_formula"
+        pair = self._pair(row)
+        if isinstance(pair, str):
+            return pair
+        problem = rounds(list(pair), Counter())
+        return problem if isinstance(problem, str) else pair
+
     def _draft_rows(self, rows: list[Any], notes: Counter[str]) -> Draft | str:
         turns: list[str] = []
         images: set[str] = set()
         for row in rows:
-            if type(row) is not dict:
-                return "record_not_an_object"
-            if row.get("_malformed"):
-                return str(row["_malformed"])
-            if self._formula(row):
-                return "spreadsheet_formula"
-            pair = self._pair(row)
+            pair = self._said(row)
             if type(pair) is str:
                 return pair
             turns.extend(pair)
@@ -180,8 +200,6 @@ class CustomVQA(Source):
         if len(images - {""}) > 1:
             return "conversation_with_several_images"
         cleaned = rounds(turns, notes)
-        if type(cleaned) is str:
-            return cleaned
         assert isinstance(cleaned, list)
         return self._finish(cleaned, rows[0])
 
@@ -238,16 +256,27 @@ class CustomVQA(Source):
                 alone = value is None or value == "" or type(value) not in (str, int)
                 groups.setdefault(("row", index) if alone else (str(value),), []).append(row)
         order = self._column("turn")
-        conversations: list[Any] = []
+        conversations: list[_Dialogue] = []
         for rows in groups.values():
-            numbers = [_number(row.get(order)) for row in rows if type(row) is dict]
-            numbered = len(numbers) == len(rows) and None not in numbers
+            fit = [row for row in rows if type(self._said(row)) is not str]
+            # a row that is dropped is dropped alone, by its own name
+            conversations += (_Dialogue([row]) for row in rows if type(self._said(row)) is str)
+            numbers = [_number(row.get(order)) for row in fit]
+            numbered = None not in numbers
             if numbered:
-                rows.sort(key=lambda row: _number(row[order]) or 0.0)
-            told = any(type(row) is dict and order in row for row in rows)
-            conversations.append({"_rows": rows, "_unsorted": told and not numbered})
+                fit.sort(key=lambda row: _number(row[order]) or 0.0)
+            told = any(order in row for row in fit)
+            if fit:
+                fit[0] = self._pictured(fit[0], rows)
+                conversations.append(_Dialogue(fit, unsorted=told and not numbered))
         for start in range(0, len(conversations), ROWS):
             yield Batch(path.name, start, conversations[start : start + ROWS])
+
+    def _pictured(self, row: dict[str, Any], rows: list[Any]) -> dict[str, Any]:
+        """A conversation's first row, with the picture that any row of it may name."""
+        column = self._column("image")
+        named = (other[column] for other in rows if type(other) is dict and other.get(column))
+        return row if row.get(column) else {**row, column: next(named, None)}
 
     def _rows(self, path: Path) -> Iterator[Batch]:
         ending = path.suffix.lower()

@@ -6,7 +6,8 @@ boxes of each chain, `train.txt`, `val.txt` and `test.txt`, and `UNRELATED_CAPTI
 are dropped. Every sentence is a record: each phrase whose chain has boxes is followed by them,
 `Two people [[102,033,410,871;500,040,733,902]] sit .`; phrases without (scenes, what is not
 visible) stay plain, and a sentence without any box is asked for as a plain caption. Pictures of
-`val.txt` and `test.txt` stay out unless `splits` names them. A broken XML file fails the build.
+`val.txt` and `test.txt` stay out unless `splits` names them; annotations.zip holds no lists, and
+without them every picture enters, counted as `split_unknown`. A broken XML file fails the build.
 
 Usage:
     python -m data_builders.sources.flickr30k_entities --annotations flickr30k_entities \\
@@ -31,7 +32,7 @@ from data_builders.clean import choose
 from data_builders.images import ImageFinder
 from data_builders.recipe import SourceEntry
 from data_builders.source import Draft, File, Folder, Source
-from data_builders.splits import Split, SplitOptions
+from data_builders.splits import SplitLists, SplitOptions, is_split_list
 
 GROUNDED_REQUESTS = (
     "Describe the image in one sentence, with the box of each thing in [[x0,y0,x1,y1]] format.",
@@ -39,7 +40,6 @@ GROUNDED_REQUESTS = (
     "What does the picture show, and where? Give boxes in [[x0,y0,x1,y1]] format.",
 )
 _PHRASE = re.compile(r"\[/EN#(\d+)(?:/[^\s\[\]/]+)*\s+([^\[\]]+)\]")
-_SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class Flickr30kEntities(Source):
@@ -87,19 +87,14 @@ class Flickr30kEntities(Source):
         by_role: dict[str, list[Path]] = {}
         for path in self.inputs():
             by_role.setdefault(_role(path), []).append(path)
-        splits = {
-            identity: split
-            for split in _SPLITS  # an id in two lists counts as held out
-            for path in by_role.get(split, ())
-            for identity in re.findall(r"\d+", _text(path))
-        }
+        lists = SplitLists(by_role.get("list", ()))
         unrelated = {key for path in by_role.get("unrelated", ()) for key in _unrelated(path)}
         annotations = {path.stem: path for path in by_role.get("annotations", ())}
         rows: list[Any] = []
         start = 0
         for path in by_role["sentences"]:
-            picture: dict[str, Any] = {"id": path.stem, "split": splits.get(path.stem)}
-            picture["split_known"] = bool(splits)
+            picture: dict[str, Any] = {"id": path.stem, "split": lists.of(path.stem)}
+            picture["split_known"] = lists.known
             picture |= _boxes(annotations.pop(path.stem, None))
             if picture.get("sides", ()) is None:
                 picture["sides"], reason = look_up_size(finder, f"{path.stem}.jpg")
@@ -150,7 +145,7 @@ def _role(path: Path) -> str:
         return "annotations"
     if name.startswith("UNRELATED_CAPTIONS"):
         return "unrelated"
-    return path.stem if path.suffix == ".txt" and path.stem in _SPLITS else ""
+    return "list" if is_split_list(path) else ""
 
 
 def _text(path: Path) -> str:
@@ -180,18 +175,21 @@ def _lines(path: Path) -> list[str]:
 def _unrelated(path: Path) -> Iterator[tuple[str, int | None]]:
     """Captions to leave out: a picture's id, with or without .jpg, and the caption's number.
 
+    The released list counts captions from one; a list written as the captions' own file is,
+    `1.jpg#0`, or with a 0 anywhere, counts from zero.
+
     Raises:
         DataError: With file and line, where a line has no id.
     """
     pairs: list[tuple[str, int | None]] = []
+    first = 1
     for number, line in enumerate(_text(path).splitlines(), start=1):
         match = re.match(r"\s*(\d+)(?:\.jpg)?(?:[#\s,_]+(\d{1,9}))?", line)
         if match:
+            first = 0 if "#" in line or match[2] == "0" else first
             pairs.append((match[1], int(match[2]) if match[2] else None))
         elif line.strip() and number > 1 and not line.startswith("#"):
             raise DataError(f"{path}:{number}: expected a picture's id, found {line[:40]!r}")
-    numbers = {number for _, number in pairs if number is not None}
-    first = 1 if numbers and 0 not in numbers and max(numbers) > 4 else 0
     return ((stem, None if n is None else n - first) for stem, n in pairs)
 
 

@@ -17,7 +17,7 @@ Usage:
 from collections import Counter
 from typing import Any
 
-from data_builders.clean import dialogue
+from data_builders.clean import ROLES, dialogue
 from data_builders.source import Draft, File, Folder, Source
 
 _SHORT_ANSWER = (
@@ -118,8 +118,9 @@ def _check_markers(messages: Any, images: int, notes: Counter[str]) -> str:
     markers = 0
     late = False
     for place, message in enumerate(messages):
-        value = message.get("value")
-        if type(value) is str and "<image>" in value and message.get("from") == "human":
+        value = message.get("value", message.get("content"))
+        role = message.get("from") or message.get("role")
+        if type(value) is str and "<image>" in value and ROLES.get(role.strip().lower()) == 0:
             found = value.count("<image>")
             late = late or place > 0
             markers += found

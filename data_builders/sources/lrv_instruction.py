@@ -6,8 +6,9 @@ is a Visual Genome number, or a file name for charts. The answers were written f
 from pictures, so: "There is no mention of a teapot" is rewritten to "There is no teapot" (the
 negative ones teach the model to say no and stay); answers that still speak of a description,
 caption or bounding box, and rows with left-over coordinates, are dropped. `clean: false` keeps
-them. Declarative instructions and several questions about a picture stay as they are. The set's own
-evaluation file names 1,000 questions about 120 pictures: put it under `decontaminate.against`.
+them. Declarative instructions stay as they are, and so do several questions about a picture, unless
+`group: N` joins up to N of them into one conversation. The set's own evaluation file names 1,000
+questions about 120 pictures: put it under `decontaminate.against`.
 
 Usage:
     python -m data_builders.sources.lrv_instruction --annotations filter_cap1.json \\
@@ -17,8 +18,15 @@ Usage:
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+from pydantic import Field
+
+from data_builders.annotations import ROWS, Batch, read_records
+from data_builders.clean import text_of
+from data_builders.images import ImageFinder
+from data_builders.recipe import Strict
 from data_builders.source import Draft, File, Folder, Source
 
 # "whether it is red", "it" and the like make no sentence with "there is no"; those rows are dropped
@@ -29,17 +37,34 @@ _NO_MENTION = re.compile(
     re.IGNORECASE,
 )
 _OF_THE_PROMPT = re.compile(
-    r"(?:\bnot|n['\u2019]t) (?:explicitly |specifically )?(?:mention|specif|state)"
-    r"|\b(?:no mentions? of"
+    r"(?:\b(?:not|never)|n['\u2019]t) (?:explicitly |specifically |directly |clearly )?"
+    r"(?:mention|specif|state)"
+    r"|\b(?:(?:no|any|without) (?:(?:explicit|specific|direct|clear|further) )?mentions?\b"
     r"|not (?:provided|described|given) in the"
-    r"|(?:the|this|these|dense|image|given|provided) (?:dense )?captions?\b|bounding box"
+    r"|(?:the|this|these|dense|image|given|provided) (?:dense )?captions?\b|bounding[ -]?box"
     r"|(?:the|this|given|provided) (?:image )?descriptions?\b)",
     re.IGNORECASE,
 )
+# two of the four names one after the other, with their numbers or without
 _COORDINATES = re.compile(
-    r"\b(?:X|Y|Width|Height):\s*-?\d+(?:\.\d+)?\b.{0,12}?\b(?:X|Y|Width|Height):\s*-?\d",
+    r"\b(?:X|Y|Width|Height)\s?[:=]\s?(?:-?\d+(?:\.\d+)?)?[\s,;)(]{0,6}(?:and )?"
+    r"\b(?:X|Y|Width|Height)\s?[:=]",
     re.IGNORECASE,
 )
+
+
+class _Group(list[Any]):
+    """Rows of a file about one picture."""
+
+
+class _Repeated(list[Any]):
+    """A row that says what another one says."""
+
+
+class LrvOptions(Strict):
+    """Options: how many questions about a picture become one conversation at most; each alone."""
+
+    group: int = Field(default=1, ge=1)
 
 
 class LrvInstruction(Source):
@@ -60,15 +85,57 @@ class LrvInstruction(Source):
         Folder("lrv/image", "the authors' archive, line 12; or Visual Genome's folders"),
         Folder("lrv/chart_image", "line 36"),
     )
-    wrappers = ("annotations",)
+    Options = LrvOptions
+
+    def batches(self, finder: ImageFinder) -> Iterator[Batch]:
+        """Rows, or groups of rows about one picture."""
+        if self.options.group == 1:
+            yield from super().batches(finder)
+            return
+        for path in self.inputs():
+            groups: dict[str, dict[tuple[str, ...], Any]] = {}
+            alone: list[Any] = []  # what is dropped is dropped alone, by its own name
+            for batch in read_records(path, self.wrappers):
+                for row in batch.records:
+                    draft = self._row(row, Counter())
+                    if not isinstance(draft, Draft):
+                        alone.append(row)
+                        continue
+                    group = groups.setdefault(draft.images[0], {})
+                    if group.setdefault(tuple(draft.turns), row) is not row:
+                        alone.append(_Repeated([row]))
+            joined: list[Any] = alone
+            for rows in map(list, (group.values() for group in groups.values())):
+                joined += (
+                    _Group(rows[start : start + self.options.group])
+                    for start in range(0, len(rows), self.options.group)
+                )
+            for start in range(0, len(joined), ROWS):
+                yield Batch(path.name, start, joined[start : start + ROWS])
+
+    def units(self, record: Any) -> int:
+        """Rows of the file in a raw record."""
+        return len(record) if type(record) is _Group else 1
 
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
-        """Understands one record; see `Source.draft`."""
+        """Understands one row, or a group of rows; see `Source.draft`."""
+        if type(record) is _Repeated:
+            return "duplicate"
+        if type(record) is not _Group:
+            return self._row(record, notes)
+        drafts = [self._row(row, notes) for row in record]
+        turns = [turn for draft in drafts if isinstance(draft, Draft) for turn in draft.turns]
+        first = drafts[0]
+        assert isinstance(first, Draft)
+        meta = first.meta if len(record) == 1 else {}
+        return Draft(turns, first.images, first.style, first.orig_id, meta)
+
+    def _row(self, record: Any, notes: Counter[str]) -> Draft | str:
         if type(record) is not dict:
             return "record_not_an_object"
         image = record.get("image_id")
-        if type(image) is int:
-            image = str(image)
+        if type(image) is int or (type(image) is float and image.is_integer()):
+            image = text_of(image)
         name = image.strip() if type(image) is str else image
         task = record.get("task")
         draft = self.short(
@@ -91,7 +158,7 @@ class LrvInstruction(Source):
             notes["no_mention_rewritten"] += 1
         if _OF_THE_PROMPT.search(turns[1]):
             return "answer_speaks_of_the_prompt"
-        if any(":" in text and _COORDINATES.search(text) for text in turns):
+        if any((":" in text or "=" in text) and _COORDINATES.search(text) for text in turns):
             return "coordinates_left_over"
         return draft
 

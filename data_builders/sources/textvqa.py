@@ -33,7 +33,6 @@ class Textvqa(Source):
     image_folders = (
         Folder("textvqa/train_images", "train_val_images.zip, pictures of train and val"),
     )
-    wrappers = ("data",)
     style = "vqa"
     Options = SplitOptions
 

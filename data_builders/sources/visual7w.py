@@ -50,14 +50,15 @@ class Visual7w(Source):
             boxes: dict[int, Any] | None = None
             for batch in read_records(path, ("images",)):
                 rows = [row for record in batch.records for row in _pairs(record)]
-                pointing = [row for row in rows if type(row.get("answer")) is int]
-                if pointing and boxes is None:
+                if boxes is None and any(type(row.get("answer")) is int for row in rows):
                     boxes = _boxes(path)
+                # a telling file has no boxes; a number in it is a number
+                pointing = [row for row in rows if boxes and type(row.get("answer")) is int]
                 looked_up: dict[Any, Any] = {}
                 for row in pointing:
                     if row["split"] not in self.options.splits:
                         continue
-                    row["box"] = (boxes or {}).get(row["answer"])
+                    row["box"] = boxes.get(row["answer"]) if boxes else None
                     name = str(row["image"])
                     if name not in looked_up:
                         looked_up[name] = look_up_size(finder, row["image"])
@@ -75,8 +76,8 @@ class Visual7w(Source):
         question, answer = record["question"], record["answer"]
         facts: dict[str, Any] = {"orig_id": text_of(record["id"])}
         facts["meta"] = {} if split == "train" else {"split": split}
-        if type(answer) is int and type(question) is str and question.strip():
-            box = corners(record.get("box"), sized=True) if record.get("box") else "box_missing"
+        if "box" in record and type(question) is str and question.strip():
+            box = corners(record["box"], sized=True) if record["box"] else "box_missing"
             if isinstance(box, str):
                 return box
             if record["sides"] is None:
@@ -112,9 +113,9 @@ def _pairs(record: Any) -> list[dict[str, Any]]:
 
 
 def _boxes(path: Path) -> dict[int, Any]:
-    """Boxes by number, as (x, y, width, height)."""
+    """Boxes by number, as (x, y, width, height); none where the file has no boxes."""
     table: dict[int, Any] = {}
-    for batch in read_records(path, ("boxes",)):
+    for batch in read_records(path, ("boxes",), needed=False):
         for record in batch.records:
             if type(record) is dict and type(record.get("box_id")) is int:
                 table[record["box_id"]] = [record.get(k) for k in ("x", "y", "width", "height")]

@@ -1,5 +1,6 @@
 """The streaming readers: every shape, every cut, and the byte in every message."""
 
+import io
 import itertools
 import json
 import re
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from cogvlm_sft.errors import DataError
 from data_builders import annotations
-from data_builders.annotations import read_mapping, read_records
+from data_builders.annotations import read_head, read_mapping, read_records
+from data_builders.json_object import LoneSurrogates
 
 
 def read_all(path, wrappers=()):
@@ -127,6 +129,59 @@ def test_wrapped_lines_mark_and_surrogate(tmp_path):
     assert read_all(path) == [{"a": 1}, {"a": 2}]
     path.write_text(r'[{"a": "\ud83d"}, {"a": NaN}]')  # orjson refuses both
     assert read_all(path)[0] == {"a": "\ud83d"}
+
+
+@settings(max_examples=200)
+@given(
+    texts=st.lists(st.text(st.sampled_from("a\\u\ud83d\udc31\ue000d8"), max_size=8), max_size=6),
+    size=st.integers(1, 40),
+)
+def test_halves_of_surrogate_pairs_become_nul(texts, size):
+    raw = json.dumps(texts).encode()
+    stream, given_out = LoneSurrogates(io.BytesIO(raw)), b""
+    while part := stream.read(size):
+        given_out += part
+    read = json.loads(given_out)
+    assert len(given_out) == len(raw)
+    for text, found in zip(texts, read, strict=True):
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        assert ("\0" in found) == ("\ufffd" in whole)
+        assert "\ufffd" in whole or found == whole
+
+
+@pytest.mark.parametrize("odd", ["1", "NaN", "-Infinity", "1e999", '"a\tb\x01"', '"\\ud83d"'])
+def test_odd_values_in_an_object_are_read_as_in_an_array(odd, tmp_path):
+    path = tmp_path / "a.json"
+    record = f'{{"a": 1, "b": {odd}}}'
+    path.write_text(f"[{record}, 2]")
+    expected = repr(read_all(path)).replace("\\ud83d", "\\x00")
+    path.write_text(f'{{"info": {{}}, "data": [{record}, 2], "tail": {record}}}')
+    assert repr(read_all(path, ("data",))) == expected
+    path.write_text(f'{{"x": {record}, "x": 2}}')  # a key that is there twice
+    pairs = list(read_mapping(path))
+    assert [key for key, _ in pairs] == ["x", "x"] and repr([v for _, v in pairs]) == expected
+
+
+def test_a_broken_object_names_its_byte(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"data": [{"a": 1}, {"a" 2}], "b": 1}')
+    with pytest.raises(DataError, match="not valid JSON at byte 25 "):
+        read_all(path, ("data",))
+    path.write_bytes(b'{"data": [{"a": "\xff"}]}')
+    with pytest.raises(DataError, match="not valid JSON at byte 17 "):
+        read_all(path, ("data",))
+    path.write_text('{"data": [NaN, ' + "9" * 5000 + ', {"a":')
+    with pytest.raises(DataError, match=r"byte \d+"):
+        read_all(path, ("data",))
+
+
+def test_a_value_at_the_head_or_behind_the_arrays(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"data_subtype": "val2014", "annotations": [1]}')
+    assert read_head(path, "data_subtype") == "val2014"
+    path.write_text('{"annotations": [{"data_subtype": "no"}, NaN], "data_subtype": "val2014"}')
+    assert read_head(path, "data_subtype") == "val2014"
+    assert read_head(path, "other") is None
 
 
 def test_mapping(tmp_path):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from hashlib import blake2b
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,52 @@ def test_exact_and_near_duplicates(root, picture, run, write_json):
     assert [p for p in (result.out / "report.html").read_text().split() if p == "bits;"]
     none, _, _ = run("custom_vqa", [path], deduplicate=False)
     assert none["dropped"] == {}
+
+
+def test_copies_of_a_file_are_the_same_picture(root, picture, run, write_json):
+    for name in ("train2017/000000000009.jpg", "train2014/COCO_train2014_000000000009.jpg"):
+        picture(root / name, 1)
+    picture(root / "other.jpg", 2)
+
+    def row(image, question="What?"):
+        return {"image": image, "question": question, "answer": "A thing."}
+
+    one, two = "train2017/000000000009.jpg", "train2014/COCO_train2014_000000000009.jpg"
+    path = write_json("q.json", [row(one), row(two), row(two, "Other?"), row("other.jpg")])
+    report, built, _ = run("custom_vqa", [path])
+    assert report["dropped"] == {"duplicate": 1} and len(built) == 3
+    assert {r["messages"][0]["content"] for r in built if r["images"] == [two]} >= {
+        "<image>\nOther?"
+    }
+    report, built, _ = run("custom_vqa", [path], deduplicate=False)
+    assert report["dropped"] == {} and len(built) == 4
+
+
+@pytest.mark.parametrize("how", ["path", "bytes", "near"])
+def test_which_copy_stays_is_told_by_its_id_and_not_by_its_place(
+    how, root, picture, run, write_json
+):
+    """The smallest key, hash(seed, id), whatever the order of files and of records in them."""
+    smooth = Image.radial_gradient("L").crop((20, 60, 220, 220))
+    for number in range(8):
+        smooth.resize((200 + number * (how == "near"), 160)).save(root / f"{number}.png")
+    rows = [
+        {"image": f"{0 if how == 'path' else n}.png", "question": "What?", "answer": "A thing."}
+        for n in range(8)
+    ]
+    path = write_json("q.json", rows)
+    near = {"near": 6, "text": False} if how == "near" else True
+    stayed = set()
+    for seed in range(6):
+        _, every, _ = run("custom_vqa", [path], deduplicate=False, seed=seed)
+        _, built, _ = run("custom_vqa", [path], deduplicate=near, seed=seed)
+        keyed = min(
+            every,
+            key=lambda r: blake2b(r["id"].encode(), digest_size=8, key=str(seed).encode()).digest(),
+        )
+        assert [r["id"] for r in built] == [keyed["id"]]
+        stayed.add(built[0]["meta"]["orig_index"])
+    assert len(stayed) > 1
 
 
 def test_held_out_pictures(root, picture, run, write_json, tmp_path):

@@ -122,8 +122,9 @@ def test_turns_out_of_order_and_late_conversations(photos, run, tmp_path):
         (["a.jpg"], ["<image>\nq2", "a", "qx", "a", "q1", "a"]),
         (["a.jpg"], ["<image>\nr", "a"]),
     ]
-    assert (report["read"], report["kept"]) == (6, 6)
-    assert report["repaired"] == {"empty_round_removed": 1, "turn_not_a_number": 1}
+    assert (report["read"], report["kept"]) == (6, 5)
+    assert report["dropped"] == {"empty_answer": 1}
+    assert report["repaired"] == {"turn_not_a_number": 1}
 
 
 def test_json_lines_with_answers_and_turns(photos, run, tmp_path):

@@ -151,8 +151,8 @@ def test_what_released_rows_do_not_hold_but_other_files_do(coco, run, tmp_path):
     records = [
         {"id": 1, "image": [image], "conversations": turns},
         {"id": "t", "image": "", "conversations": [{"from": "human", "value": "hi"}, turns[1]]},
-        row(image, "<image>\nLeaks?", "Yes.\nQuestion: And then? Answer: No."),
-        row(image, "<image>\nLeaks whole?", "Question: Leaks whole? Answer: It does."),
+        row(image, "<image>\nQuiz?", "Yes.\nQuestion: And then? Answer: No."),
+        row(image, "<image>\nAnswers in full?", "Question: In full? Answer: It does."),
         row(image, "<image>\nAsks back?", "Question: What?"),
         row(image, "<image>\n[INST] Instructed? [/INST]", "<s> Yes </s> and <EOI>no<pad>"),
         row(image, "<image>\nNested?", "a </</s>s> b"),
@@ -177,24 +177,25 @@ def test_what_released_rows_do_not_hold_but_other_files_do(coco, run, tmp_path):
     assert texts == {
         0: ["<image>\nq", "a"],
         1: ["hi", "a"],
-        2: ["<image>\nLeaks?", "Yes."],
-        3: ["<image>\nLeaks whole?", "It does."],
+        2: ["<image>\nQuiz?", "Yes.\nQuestion: And then? Answer: No."],
+        3: ["<image>\nAnswers in full?", "Question: In full? Answer: It does."],
+        4: ["<image>\nAsks back?", "Question: What?"],
         5: ["<image>\nInstructed?", "Yes and no"],
-        6: ["<image>\nNested?", "a </ s> b"],  # the halves do not join
+        6: ["<image>\nNested?", "a b"],  # the halves do not join
         7: ["<image>\nOf captions?", "As an AI, I see no mention of it."],
         8: ["<image>\nTwice?", "Once."],
         9: ["<image>\nFirst?", "One.", "Late?", "Two."],
     }
-    assert built[6]["meta"]["flags"] == ["refusal", "speaks_of_the_prompt"]
+    assert built[7]["meta"]["flags"] == ["refusal", "speaks_of_the_prompt"]
     assert report["dropped"] == {
-        "empty_answer": 1, "image_name_not_a_string": 1, "no_assistant_turn": 2,
+        "image_name_not_a_string": 1, "no_assistant_turn": 2,
         "several_images": 1, "text_not_a_string": 1, "text_not_unicode": 2,
         "turn_not_an_object": 1, "unknown_role": 1,
     }  # fmt: skip
     assert report["read"] == len(records)
     assert report["repaired"] == {
         "control_marker_removed": 2, "flagged_refusal": 1, "flagged_speaks_of_the_prompt": 1,
-        "leading_answer_removed": 1, "leaked_turn_cut": 3, "marker_moved_or_merged": 2,
+        "leading_answer_removed": 1, "marker_moved_or_merged": 2,
     }  # fmt: skip
 
 

@@ -71,6 +71,14 @@ def test_lrv(root, run, write_json, picture):
         ("The bounding box is large.", None),
         ("It stands at X: 12, Y: 40, Width: 3, Height: 9.", None),
         ("Width: 3 Height: 9", None),
+        ("It is at X:195 Y:45 Width:120 Height:120.", None),
+        ("It is at X: Y: Width: Height:", None),
+        ("It is at X=12, Y=40.", None),
+        ("There isn't any mention of a dog.", None),
+        ("There is no explicit mention of a dog.", None),
+        ("A dog is never mentioned.", None),
+        ("The bounding-box is large.", None),
+        ("The label says Width: 30 cm.", "same"),
         ("The clock reads 12:40 and the ratio is 3: 4.", "same"),
         ("The sign says: X marks the spot", "same"),
         ("Short", "same"),
@@ -110,13 +118,29 @@ def test_lrv_pictures(root, run, write_json, picture):
         "image_path_unsafe": 1}  # fmt: skip
 
 
+def test_lrv_questions_about_a_picture_as_one_conversation(root, run, write_json, picture):
+    for number in (1, 2):
+        picture(root / f"{number}.jpg", number)
+    rows = [{"image_id": str(n), "question": f"q{k}?", "answer": f"a{k}.", "task": "negative"}
+            for k, n in enumerate([1, 2, 1, 1, 404, 404])]  # fmt: skip
+    rows += [rows[0], {"image_id": "1", "question": "q", "answer": "It is not specified."}, 7]
+    report, built, _ = run("lrv_instruction", [write_json("filter_cap1.json", rows)], group=2)
+    assert sorted(contents(built)) == [
+        ["<image>\nq0?", "a0.", "q2?", "a2."], ["<image>\nq1?", "a1."], ["<image>\nq3?", "a3."],
+    ]  # fmt: skip
+    assert (report["read"], report["kept"], report["conversations"]) == (9, 4, 3)
+    assert report["dropped"] == {
+        "answer_speaks_of_the_prompt": 1, "duplicate": 1, "image_missing": 2,
+        "record_not_an_object": 1}  # fmt: skip
+
+
 def test_lrv_wrapped_and_uncleaned(root, run, write_json, picture):
     picture(root / "2.jpg", 1)
     rows = [{"image_id": "2", "question": "q", "answer": "No mention of it."}]
     path = write_json("filter_cap.json", {"annotations": rows})
     _, built, _ = run("lrv_instruction", [path], clean=False)
     assert contents(built) == [["<image>\nq", "No mention of it."]]
-    with pytest.raises(DataError, match=r'an object with "annotations", found .*\[\'rows\'\]'):
+    with pytest.raises(DataError, match=r'object with "annotations" or .*found .*\[\'rows\'\]'):
         run("lrv_instruction", [write_json("bad.json", {"rows": rows})])
 
 
