@@ -167,6 +167,10 @@ class ImageFinder:
             known = self._folders.intersection(parts[:skipped])
             found = self._by_stem.get(_stem("/".join(parts[skipped:])), ())
             yield [path for path in found if known.issubset(path.split("/")[:-1])]
+            if not skipped and len(parts) > 1:  # the listed folder is a parent of the one meant
+                found = self._by_key.get(picture_key(parts[-1]), ())
+                whole = "/" + _stem("/".join(parts))
+                yield [path for path in found if _stem(path).endswith(whole)]
         if parts:
             found = self._by_key.get(picture_key(parts[-1]), ())
             if _COCO.match(PurePosixPath(parts[-1]).stem):

@@ -36,6 +36,13 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shard-size", type=int, default=50_000)
     parser.add_argument("--min-side", type=int, default=28, help="smallest picture side, pixels")
     parser.add_argument("--no-image-check", action="store_true", help="do not open pictures")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="lists of held-out picture ids, or folders of held-out pictures; theirs are dropped",
+    )
     parser.add_argument("--keep-duplicates", action="store_true")
     parser.add_argument("--no-clean", action="store_true", help="without the set's own clean rules")
     for key, option in source.Options.model_fields.items():
@@ -66,6 +73,7 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
             "shard_size": given.shard_size, "image_root": given.image_root,
             "images": {"check": not given.no_image_check, "min_side": given.min_side},
             "deduplicate": not given.keep_duplicates, "sources": [entry],
+            "decontaminate": {"against": given.against},
         }  # fmt: skip
         print(build_recipe(parse_recipe(content, "command line")).summary())
     except CogVLMSFTError as error:

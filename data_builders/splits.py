@@ -45,7 +45,9 @@ def split_named(word: object) -> Split | None:
 
     Karpathy's `restval` is the part of COCO's val2014 that everyone trains on.
     """
-    return _MEANING.get(re.sub(r"\d+$", "", word).lower()) if isinstance(word, str) else None
+    if not isinstance(word, str):
+        return None
+    return _MEANING.get(re.sub(r"\d+$", "", word.strip()).lower())
 
 
 def split_of_file(name: str) -> Split | None:

@@ -7,7 +7,8 @@ that column is there, else of the file. In JSON, `turns` may hold a list of turn
 `answer` a list of several people's answers (the most frequent one is taken). Without annotations,
 every picture below the image folders is a record whose answer is the file's name without its
 extension, as in CogVLM's own captcha example, or with `label_from: folder` the name of its folder;
-`label_pattern` picks a part of either. Cells of a CSV or TSV that a spreadsheet would run as a
+`label_pattern` picks a part of either. Rows whose `split` column says val or test stay out, unless
+`splits` names them. Cells of a CSV or TSV that a spreadsheet would run as a
 formula (`=1+1`, `=cmd|' /C calc'!A0`) are dropped, since what was meant is the formula's value;
 `clean: false` keeps them as text. Drops name the line of the table as `_line`.
 
@@ -30,8 +31,8 @@ from cogvlm_sft.errors import DataError
 from data_builders.annotations import ROWS, Batch, read_records
 from data_builders.clean import dialogue, human_answers, majority, rounds, text_of
 from data_builders.images import ImageFinder
-from data_builders.recipe import Strict
 from data_builders.source import Draft, File, Folder, Source
+from data_builders.splits import SplitOptions, split_named
 from data_builders.tables import csv_rows, parquet_rows
 
 # What a spreadsheet runs: a call, a DDE link, a cell, arithmetic behind an equals sign.
@@ -52,10 +53,12 @@ class _Dialogue(list[Any]):
         return _Dialogue, (list(self), self.unsorted)
 
 
-Column = Literal["image", "question", "answer", "conversation", "turn", "turns", "id", "style"]
+Column = Literal[
+    "image", "question", "answer", "conversation", "turn", "turns", "id", "style", "split"
+]
 
 
-class CustomOptions(Strict):
+class CustomOptions(SplitOptions):
     """Options of the custom source.
 
     Attributes:
@@ -132,6 +135,8 @@ class CustomVQA(Source):
             return "record_not_an_object"
         if record.get("_malformed"):
             return str(record["_malformed"])
+        if self._held_out(record):
+            return "held_out_split"
         if self._formula(record):
             return "spreadsheet_formula"
         name = self._column
@@ -147,6 +152,11 @@ class CustomVQA(Source):
             return turns
         assert isinstance(turns, list)
         return self._finish(turns, record)
+
+    def _held_out(self, row: dict[str, Any]) -> bool:
+        """Whether a row says that it belongs to a split that stays out."""
+        split = split_named(row.get(self._column("split")))
+        return split is not None and split not in self.options.splits
 
     def _formula(self, row: dict[str, Any]) -> bool:
         """Whether a cell of a table would be run by a spreadsheet."""
@@ -180,6 +190,8 @@ class CustomVQA(Source):
             return "record_not_an_object"
         if row.get("_malformed"):
             return str(row["_malformed"])
+        if self._held_out(row):
+            return "held_out_split"
         if self._formula(row):
             return "spreadsheet_formula"
         pair = self._pair(row)

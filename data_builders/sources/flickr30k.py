@@ -51,8 +51,9 @@ class Flickr30k(CaptionSource):
         if path.suffix.lower() not in (".token", ".csv", ".txt", ".tsv"):
             yield from super()._rows(path)
             return
-        table = require_file(path).open("rb").readline(256)
-        rows = self._lines(path) if b"|" in table or b"#" in table else _karpathy(path)
+        with require_file(path).open("rb") as stream:
+            first = stream.readline(256)
+        rows = self._lines(path) if b"|" in first or b"#" in first else _karpathy(path)
         while part := list(islice(rows, ROWS)):
             yield part
 

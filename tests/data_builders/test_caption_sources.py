@@ -114,6 +114,66 @@ def test_flickr30k(root, run, write_json, picture):
     assert len(list(read_conversations(result.out))) == 2
 
 
+TOKENS = (
+    '1000092795.jpg#0\tTwo young guys .\r\n1000092795.jpg#1\tTwo " | men</s>\n'
+    "10002456.jpg#0\tHeld\n2199200615.jpg#4 no tab\n\n1000092795.jpg#2\t \n7.jpg#0\tIn no list"
+)
+PIPES = (
+    "image_name| comment_number| comment\n1000092795.jpg| 0| Two young guys .\n"
+    '1000092795.jpg| 1| Two " | men</s>\n10002456.jpg| 0| Held\n'
+    "2199200615.jpg| 4   A dog runs .\n1000092795.jpg| 2|\n7.jpg| 0| In no list\n"
+)
+
+
+@pytest.mark.parametrize("name, text", [("results_20130124.token", TOKENS), ("results.csv", PIPES)])
+def test_flickr30k_in_its_original_file(name, text, root, run, tmp_path, picture):
+    for stem in ("1000092795", "10002456", "7"):
+        picture(root / f"{stem}.jpg", len(stem))
+    path = tmp_path / name
+    path.write_text(text)
+    report, built, _ = run("flickr30k", [path])
+    assert captions(built) == [
+        ("1000092795.jpg", "Two young guys ."), ("1000092795.jpg", 'Two " | men'),
+        ("10002456.jpg", "Held"), ("7.jpg", "In no list")]  # fmt: skip
+    assert built[1]["meta"]["orig_id"] == "1000092795.jpg#1"
+    assert report["dropped"] == {"empty_answer": 1, "line_malformed": 1}
+    assert report["repaired"]["split_unknown"] == 6 == report["read"]
+    lists = []
+    for split, ids in (
+        ("val", "10002456\n"),
+        ("test", "1\n"),
+        ("train", "1000092795\n2199200615\n"),
+    ):
+        lists.append(tmp_path / f"{split}.txt")
+        lists[-1].write_text(ids)
+    report, built, _ = run("flickr30k", [path, *lists])
+    assert [name for name, _ in captions(built)] == ["1000092795.jpg"] * 2
+    assert report["dropped"] == {
+        "empty_answer": 1, "held_out_split": 1, "line_malformed": 1, "split_missing": 1}  # fmt: skip
+    assert "split_unknown" not in report["repaired"]
+    report, built, _ = run("flickr30k", [path, *lists[:2]])  # without train.txt the rest trains
+    assert len(built) == 3 and report["dropped"]["held_out_split"] == 1
+    path.write_bytes(text.encode() + b"\n\xff")
+    with pytest.raises(DataError, match=rf"not UTF-8 at byte {len(text.encode()) + 1}"):
+        run("flickr30k", [path])
+
+
+def test_flickr30k_as_a_table_of_sentences(root, run, tmp_path, picture):
+    picture(root / "1000092795.jpg", 1)
+    path = tmp_path / "flickr_annotations_30k.csv"
+    path.write_text(
+        "raw,sentids,split,filename,img_id\n"
+        '"[""Two young guys ."", ""B \\u00e9""]","[0, 1]",train,1000092795.jpg,0\n'
+        '"[""T""]",[5],test,10002456.jpg,1\nbroken,[1],train,1000092795.jpg,2\n'
+        "[],[1],train,1000092795.jpg,3,more\n"
+    )
+    report, built, _ = run("flickr30k", [path])
+    assert captions(built) == [
+        ("1000092795.jpg", "Two young guys ."), ("1000092795.jpg", "B é")]  # fmt: skip
+    assert report["dropped"] == {
+        "cell_count_differs": 1, "held_out_split": 1, "picture_without_caption": 1}  # fmt: skip
+
+
 def test_nocaps_is_for_evaluation_only(root, run, write_json, picture):
     picture(root / "0013ea2087020901.jpg", 1)
     content = official((0, "A baby."), (0, "A child."), images=[(0, "0013ea2087020901.jpg")])

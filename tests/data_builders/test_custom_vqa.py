@@ -127,6 +127,40 @@ def test_turns_out_of_order_and_late_conversations(photos, run, tmp_path):
     assert report["repaired"] == {"turn_not_a_number": 1}
 
 
+def test_rows_that_say_they_are_held_out_stay_out(photos, run, tmp_path):
+    path = tmp_path / "q.csv"
+    rows = [
+        f"a.jpg,q{n},{n},{split}" for n, split in enumerate(["train", "Val", " test ", "", "x"])
+    ]
+    path.write_text("\n".join(["image,question,answer,split", *rows]))
+    report, built, _ = run("custom_vqa", [path])
+    assert [r["messages"][1]["content"] for r in built] == ["0", "3", "4"]
+    assert report["dropped"] == {"held_out_split": 2}
+    _, built, _ = run("custom_vqa", [path], splits=["test"])
+    assert [r["messages"][1]["content"] for r in built] == ["2", "3", "4"]
+    path.write_text("image,ask,answer,conversation,fold\na.jpg,p,1,x,train\na.jpg,q,2,x,val\n")
+    report, built, _ = run("custom_vqa", [path], columns={"question": "ask", "split": "fold"})
+    assert texts(built) == [(["a.jpg"], ["<image>\np", "1"])]
+    assert report["dropped"] == {"held_out_split": 1}
+
+
+def test_a_conversation_loses_bad_rows_alone(photos, run, tmp_path):
+    rows = [
+        {"image": "a.jpg", "question": "q1", "answer": " </s>", "conversation": 1},
+        {"question": "q2", "answer": "a2", "conversation": 1},
+        {"question": "q3", "answer": {"x": 1}, "conversation": 1},
+        {"question": "q4", "answer": [{"answer": "b"}, {"answer": "b"}, "c"], "conversation": 1},
+        {"question": "q5", "answer": "", "conversation": 2},
+        {"_rows": 3, "conversation": None},
+    ]
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps(rows))
+    report, built, _ = run("custom_vqa", [path])
+    assert texts(built) == [(["a.jpg"], ["<image>\nq2", "a2", "q4", "b"])]
+    assert (report["read"], report["kept"]) == (6, 2)
+    assert report["dropped"] == {"answer_not_a_text": 1, "empty_answer": 2, "empty_question": 1}
+
+
 def test_json_lines_with_answers_and_turns(photos, run, tmp_path):
     rows = [
         {"image": "a.jpg", "question": "q", "answer": ["b", "a", "a"]},

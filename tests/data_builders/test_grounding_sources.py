@@ -358,7 +358,11 @@ def test_entities_without_split_lists_say_so(entities, run):
 
 def test_entities_count_captions_from_zero_or_one(entities, run):
     home = entities("5", "a .\nb .\nc .\nd .\ne .\n", xml())
-    for numbers, left in (("5 1\n5 5\n", "bcd"), ("5.jpg#0\n5.jpg#3\n", "bce"), ("5\n7\n", "")):
+    released = "# format: <imageID> <sentence number>\n5 2\n5 3\n"  # from one, whatever the numbers
+    for numbers, left in (
+        ("5 1\n5 5\n", "bcd"), ("5.jpg#0\n5.jpg#3\n", "bce"), ("5.jpg 0\n5 3\n", "bce"),
+        (released, "ade"), ("5\n7\n", ""),
+    ):  # fmt: skip
         (home / "UNRELATED_CAPTIONS").write_text(numbers)
         if not left:
             with pytest.raises(DataError, match="5 unrelated_caption"):

@@ -187,7 +187,7 @@ def test_odd_kinds_are_counted(run, root, write_json):
     rows = []
     for name, mode, keys, _ in ODD:
         save(root / name, mode, **keys)
-        rows.append({"image": name, "question": "q", "answer": "a"})
+        rows.append({"image": name, "question": f"{name}?", "answer": "a"})
     report, _, result = run("custom_vqa", [write_json("q.json", rows)])
     assert report["kept"] == len(ODD)
     assert result.manifest["pictures"]["converted_when_read"] == {
