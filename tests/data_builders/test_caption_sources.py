@@ -149,7 +149,9 @@ def test_flickr30k_in_its_original_file(name, text, root, run, tmp_path, picture
     report, built, _ = run("flickr30k", [path, *lists])
     assert [name for name, _ in captions(built)] == ["1000092795.jpg"] * 2
     assert report["dropped"] == {
-        "empty_answer": 1, "held_out_split": 1, "line_malformed": 1, "split_missing": 1}  # fmt: skip
+        "empty_answer": 1, "held_out_split": 1,
+        "line_malformed": 1, "split_missing": 1,
+    }  # fmt: skip
     assert "split_unknown" not in report["repaired"]
     report, built, _ = run("flickr30k", [path, *lists[:2]])  # without train.txt the rest trains
     assert len(built) == 3 and report["dropped"]["held_out_split"] == 1
