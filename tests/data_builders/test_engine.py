@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def corpus(root, picture, write_json, tmp_path):
     """Two sources, one of several files; near-duplicates, drops and a bad picture among them."""
     for number in range(60):
-        picture(root / f"{number:012d}.jpg", number % 40, size=(64, 48))
+        shown = picture(root / f"{number:012d}.jpg", number % 40, size=(64, 48))
+        shown.write_bytes(shown.read_bytes() + b"\0" * (number // 40))  # other bytes, same pixels
     (root / "000000000059.jpg").write_bytes(b"no picture")
     llava = [
         {"id": f"{n}", "image": f"{n % 62:012d}.jpg", "conversations": [
