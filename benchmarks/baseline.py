@@ -2,9 +2,9 @@
 
 Runs over the weights of a `CogVLMForCausalLM`, so that both steps share one model. Written from
 facts about the released code, none of it copied: expert masks made anew in every layer, boolean
-gathers and scatters around every expert, padding computed, a dense mask compared on the host in
-every layer and attention written out wherever a batch is padded, logits and cross-entropy at all
-positions. The tower runs as ours does (frozen, without autograd) in both.
+gathers and scatters around every expert, padding computed, a dense additive mask compared on the
+host in every layer and attention written out wherever a batch is padded, logits and cross-entropy
+at all positions, torch's own linears. The tower is frozen and without autograd in both.
 """
 
 from __future__ import annotations
@@ -25,14 +25,28 @@ def baseline_loss(model: CogVLMForCausalLM, batch: dict[str, torch.Tensor]) -> t
         model: its weights are used, its forward pass is not.
         batch: input_ids, attention_mask, token_type_ids and labels (rows, length), pixel_values.
     """
+    torch.backends.mkldnn.enabled = False  # our linears are then `nn.Linear`, as the released ones
+    try:
+        return _loss(model, batch)
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
+def _loss(model: CogVLMForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     backbone: Any = model.model
     types, mask = batch["token_type_ids"], batch["attention_mask"]
     hidden = backbone.embed_tokens(batch["input_ids"])
     features = backbone.vision(batch["pixel_values"])
     hidden = hidden.index_put((types == 1,), features.flatten(0, 1))
     positions = _position_ids(types, mask)
+    length = types.shape[1]
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    hidden_keys = future | ~mask.bool()[:, None, None, :]
+    additive = torch.zeros(hidden_keys.shape).masked_fill(
+        hidden_keys, torch.finfo(hidden.dtype).min
+    )
     for layer in backbone.layers:
-        hidden = _layer(layer, hidden, types, positions, mask)
+        hidden = _layer(layer, hidden, types, positions, additive)
     logits = model.lm_head(_norm(backbone.norm, hidden)).float()
     shifted = logits[:, :-1].contiguous().view(-1, logits.shape[-1])
     return functional.cross_entropy(shifted, batch["labels"][:, 1:].contiguous().view(-1))
@@ -78,7 +92,7 @@ def _rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> t
 
 
 def _layer(layer: Any, hidden: torch.Tensor, types: torch.Tensor, positions: torch.Tensor,
-           mask: torch.Tensor) -> torch.Tensor:  # fmt: skip
+           additive: torch.Tensor) -> torch.Tensor:  # fmt: skip
     attention = layer.self_attn
     batch, length, width = hidden.shape
     size = attention.head_dim
@@ -94,14 +108,11 @@ def _layer(layer: Any, hidden: torch.Tensor, types: torch.Tensor, positions: tor
     angles = torch.cat((angles, angles), -1)
     cosine, sine = (table[positions][:, None] for table in (angles.cos(), angles.sin()))
     query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
-    seen = torch.ones(length, length, dtype=torch.bool).tril()
-    visible = seen & mask.bool()[:, None, None, :]
-    if bool((visible == seen).all()):
+    visible = additive == 0
+    if bool((visible == torch.ones_like(visible, dtype=torch.float32).tril()).all()):
         out = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     else:
-        smallest = torch.finfo(hidden.dtype).min
-        additive = torch.zeros(visible.shape).masked_fill(~visible, smallest)
-        scores = query @ key.transpose(2, 3) * size**-0.5 + additive
+        scores = query / size**0.5 @ key.transpose(2, 3) + additive
         out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
     out = out.transpose(1, 2).reshape(batch, length, width)
     hidden = hidden + _both(attention.vision_expert_dense, attention.language_expert_dense, out,

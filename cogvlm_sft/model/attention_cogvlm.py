@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_cogvlm import CogVLMConfig
 from .expert_rows import Parts, gather_rows, place_rotated, take_by_expert
+from .linear_cogvlm import apply_linear, is_plain, linear
 from .segment_attention import AttentionPlan, attend
 from .token_layout import Routing
 from .vision_cogvlm import eager_attention
@@ -148,9 +148,9 @@ class CogVLMAttention(nn.Module):
             )
             output = attend(query, key, value, plan, self.scaling).flatten(1)
             return self._output(take_by_expert(output, order, language)), None
-        fused = [self.language_expert_query_key_value(parts[0])]
+        fused = [apply_linear(self.language_expert_query_key_value, parts[0])]
         if not routing.single:
-            fused.append(self.vision_expert_query_key_value(parts[1]))
+            fused.append(apply_linear(self.vision_expert_query_key_value, parts[1]))
         query, key, value = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for part in routing.scatter(torch.cat(fused)).split(self.widths, dim=-1)
@@ -168,17 +168,19 @@ class CogVLMAttention(nn.Module):
         )
         gathered = routing.gather(output.flatten(2))
         if routing.single:
-            return (self.language_expert_dense(gathered), parts[1]), weights
+            return (apply_linear(self.language_expert_dense, gathered), parts[1]), weights
         return self._output(routing.split(gathered)), weights
 
     def _output(self, parts: Parts) -> Parts:
-        return self.language_expert_dense(parts[0]), self.vision_expert_dense(parts[1])
+        return apply_linear(self.language_expert_dense, parts[0]), apply_linear(
+            self.vision_expert_dense, parts[1]
+        )
 
     def _project(self, parts: Parts, run: Run) -> tuple[torch.Tensor, ...]:
         """Rotated queries and keys, and values, (tokens, width) each, in the run's order."""
         fused = (
-            self.language_expert_query_key_value(parts[0]),
-            self.vision_expert_query_key_value(parts[1]),
+            apply_linear(self.language_expert_query_key_value, parts[0]),
+            apply_linear(self.vision_expert_query_key_value, parts[1]),
         )
         heads = sum(self.widths[:2]) // self.head_dim
         return place_rotated(fused, run.order, run.angles, self.widths, heads)
@@ -186,7 +188,7 @@ class CogVLMAttention(nn.Module):
     def _project_reads(self, parts: Parts, run: Run, reads: Reads) -> tuple[torch.Tensor, ...]:
         """As `_project`, with queries only where the last layer needs them."""
         experts = (self.language_expert_query_key_value, self.vision_expert_query_key_value)
-        if not all(_is_plain(expert) for expert in experts):
+        if not all(is_plain(expert) for expert in experts):
             query, key, value = self._project(parts, run)
             return query.index_select(0, reads.query_places), key, value
         language, vision = reads.queries.tensor_split([reads.query_language])
@@ -196,8 +198,8 @@ class CogVLMAttention(nn.Module):
             cut = [self.widths[0], sum(self.widths[1:])]
             weights = expert.weight.split(cut)
             biases = (None, None) if expert.bias is None else expert.bias.split(cut)
-            queries.append(functional.linear(some, weights[0], biases[0]))
-            rest.append(functional.linear(rows, weights[1], biases[1]))
+            queries.append(linear(some, weights[0], biases[0]))
+            rest.append(linear(rows, weights[1], biases[1]))
         at_queries = tuple(part[reads.query_places] for part in run.angles)
         (query,) = place_rotated(
             (queries[0], queries[1]),
@@ -214,20 +216,6 @@ class CogVLMAttention(nn.Module):
             self.widths[1] // self.head_dim,
         )
         return query, key, value
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether the weight may be used in two pieces.
-
-    Not where the linear is an adapter's or quantised, watched by hooks, or gathered by DeepSpeed
-    ZeRO-3 only while the module itself is called.
-    """
-    return (
-        type(linear) is nn.Linear
-        and not hasattr(linear.weight, "ds_id")
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
-    )
 
 
 __all__ = [

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention_cogvlm import Angles, CogVLMAttention, Reads, Run
 from .configuration_cogvlm import CogVLMConfig
 from .expert_rows import Parts, add_by_expert, norm_by_expert, swiglu
+from .linear_cogvlm import apply_linear
 from .token_layout import Routing, gather_rows
 
 
@@ -56,9 +57,9 @@ class CogVLMMLP(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """(rows, hidden) to the same."""
-        gate, up = self.gate_proj(rows), self.up_proj(rows)
+        gate, up = apply_linear(self.gate_proj, rows), apply_linear(self.up_proj, rows)
         inner = swiglu(gate, up) if self.activation is None else self.activation(gate) * up
-        return self.down_proj(inner)
+        return apply_linear(self.down_proj, inner)
 
 
 class CogVLMExpertMLP(nn.Module):

@@ -36,6 +36,7 @@ from .configuration_cogvlm import CogVLMConfig
 from .expert_rows import gather_rows
 from .generation_cogvlm import CogVLMGenerationMixin
 from .layers_cogvlm import CogVLMDecoderLayer, CogVLMRMSNorm
+from .linear_cogvlm import apply_linear
 from .runs import FLAT_ATTENTION, choose_reads, flatten
 from .segments import Segment, read_segments, segments_of_rows
 from .token_layout import Routing, build_position_ids, build_vision_expert_mask, plan
@@ -409,15 +410,18 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, CogVLMGenerationMixin):
         loss = logits = None
         if supervised_only:
             assert targets is not None and read_places is not None
-            loss = _loss(self.lm_head(hidden), targets.flatten()[read_places], num_items_in_batch)
+            scores = apply_linear(self.lm_head, hidden)
+            loss = _loss(scores, targets.flatten()[read_places], num_items_in_batch)
         elif targets is not None:
-            logits = self.lm_head(hidden)
+            logits = apply_linear(self.lm_head, hidden)
             loss = _loss(logits.flatten(0, 1), targets.flatten(), num_items_in_batch)
         if logits is not None or not supervised_only:
             keep = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
-            logits = self.lm_head(hidden[:, keep]) if logits is None else logits[:, keep]
+            logits = (
+                apply_linear(self.lm_head, hidden[:, keep]) if logits is None else logits[:, keep]
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

