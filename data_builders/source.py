@@ -31,14 +31,19 @@ EXAMPLES = 20
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file to fetch: its name, size in bytes (0 where unknown), and what it holds.
+    """A file to fetch.
 
-    A name that other sets use too is given with the folder that the shipped recipes expect it in.
+    Attributes:
+        name: With the folder that the shipped recipes expect it in, where other sets use the name.
+        size: In bytes; 0 where nobody publishes it. The source's comment says who does.
+        note: What it holds.
+        exact: Whether the size is given to the byte; lists of files round to three digits.
     """
 
     name: str
     size: int
     note: str = ""
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,22 @@ class Folder:
 
     name: str
     note: str = ""
+
+
+# Sizes: file lists of huggingface.co/datasets, QingyiSi/llava_data (COCO), nlphuji/flickr30k, and
+# BAAI/DataOptim (Visual Genome); counts: cocodataset.org and the README of Flickr30k Entities.
+COCO_TRAIN2014 = Folder(
+    "coco/train2014", "train2014.zip, ~13.5 GB, 82,783 pictures; or train2017 of the same numbers"
+)
+COCO_VAL2014 = Folder("coco/val2014", "val2014.zip, ~6.65 GB, 40,504 pictures")
+FLICKR30K = Folder(
+    "flickr30k-images",
+    "flickr30k-images.zip, ~4.39 GB, on request from the authors; 31,783 pictures",
+)
+VISUAL_GENOME = (
+    Folder("vg/VG_100K", "images.zip of Visual Genome, ~9.73 GB; cs.stanford.edu/people/rak248"),
+    Folder("vg/VG_100K_2", "images2.zip, ~5.47 GB"),
+)
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ Usage:
 """
 
 from data_builders.caption_sets import CaptionSource
-from data_builders.source import File, Folder
+from data_builders.source import COCO_TRAIN2014, COCO_VAL2014, File
 
 
 class CocoCaptions(CaptionSource):
@@ -20,16 +20,21 @@ class CocoCaptions(CaptionSource):
     name = "coco_captions"
     title = "COCO captions, Karpathy's split or the official one"
     license = "CC-BY-4.0"
-    home = "cs.stanford.edu/people/karpathy/deepimagesent (caption_datasets.zip); cocodataset.org"
+    home = (
+        "cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip; "
+        "images.cocodataset.org/annotations/annotations_trainval2014.zip; "
+        "images.cocodataset.org/zips"
+    )
+    # Sizes: file lists of huggingface.co/datasets/openflamingo/eval_benchmark (dataset_coco) and
+    # of huggingface.co/oclmodels/vqav2 (captions).
     files = (
-        File("dataset_coco.json", 0, "123,287 pictures; train and restval enter, 113,287"),
-        File("captions_train2014.json", 0, "in annotations_trainval2014.zip"),
-        File("captions_val2014.json", 0, "held out"),
+        File(
+            "dataset_coco.json", 144_000_000, "123,287 pictures; train and restval enter, 113,287"
+        ),
+        File("captions_train2014.json", 66_800_000, "in annotations_trainval2014.zip"),
+        File("captions_val2014.json", 32_400_000, "held out"),
     )
-    image_folders = (
-        Folder("coco/train2014", "train2014.zip, 13.5 GB, 82,783 pictures; or train2017"),
-        Folder("coco/val2014", "val2014.zip, 6.6 GB, 40,504 pictures"),
-    )
+    image_folders = (COCO_TRAIN2014, COCO_VAL2014)
 
 
 SOURCE = CocoCaptions

@@ -64,7 +64,10 @@ class CogvlmSft311k(Source):
     license = "CC-BY-NC-4.0"
     commercial = False
     home = "huggingface.co/datasets/THUDM/CogVLM-SFT-311K"
-    files = (File("CogVLM-SFT-311K.zip", 8_219_020_365, "155,771 pictures, labels in both"),)
+    # Size: the file list there.
+    files = (
+        File("CogVLM-SFT-311K.zip", 8_219_020_365, "155,771 pictures, labels in both", exact=True),
+    )
     image_folders = (Folder("CogVLM-SFT-311K", "unpacked; pictures lie beside their labels"),)
     reads_folders = True
     Options = Options311k

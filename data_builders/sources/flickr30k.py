@@ -23,7 +23,7 @@ from cogvlm_sft.errors import DataError
 from data_builders.annotations import ROWS, require_file
 from data_builders.caption_sets import CaptionSource
 from data_builders.json_array import loads
-from data_builders.source import File, Folder
+from data_builders.source import FLICKR30K, File
 from data_builders.splits import SplitLists, is_split_list, split_named
 from data_builders.tables import csv_rows
 
@@ -42,8 +42,14 @@ class Flickr30k(CaptionSource):
     home = (
         "cs.stanford.edu/people/karpathy/deepimagesent (caption_datasets.zip); pictures on request"
     )
-    files = (File("dataset_flickr30k.json", 0, "31,014 pictures; about 29,000 train"),)
-    image_folders = (Folder("flickr30k-images", "on request from the authors; 31,783 pictures"),)
+    # Sizes: file lists of huggingface.co/datasets/openflamingo/eval_benchmark and, of the table and
+    # the pictures, huggingface.co/datasets/nlphuji/flickr30k.
+    files = (
+        File("dataset_flickr30k.json", 38_300_000, "31,014 pictures; about 29,000 train"),
+        File("flickr_annotations_30k.csv", 12_900_000, "the same as a table"),
+        File("results_20130124.token", 0, "31,783 pictures, without splits"),
+    )
+    image_folders = (FLICKR30K,)
 
     def _rows(self, path: Path) -> Iterator[list[Any]]:
         if is_split_list(path):

@@ -31,7 +31,7 @@ from data_builders.caption_sets import REQUESTS
 from data_builders.clean import choose
 from data_builders.images import ImageFinder
 from data_builders.recipe import SourceEntry
-from data_builders.source import Draft, File, Folder, Source
+from data_builders.source import FLICKR30K, Draft, File, Source
 from data_builders.splits import SplitLists, SplitOptions, is_split_list
 
 GROUNDED_REQUESTS = (
@@ -50,14 +50,15 @@ class Flickr30kEntities(Source):
     license = "non-commercial research"
     commercial = False
     home = "github.com/BryanPlummer/flickr30k_entities; pictures on request"
+    # Sizes: the files themselves, in the repository.
     files = (
         File("annotations.zip", 0, "Annotations and Sentences: 31,783 pictures, 158,915 captions"),
-        File("UNRELATED_CAPTIONS", 0, "captions to leave out"),
-        File("flickr30k_entities/train.txt", 0, "ids"),
-        File("flickr30k_entities/val.txt", 0, "1,000 ids, held out"),
-        File("flickr30k_entities/test.txt", 0, "1,000 ids, held out"),
+        File("UNRELATED_CAPTIONS", 303, "21 captions to leave out", exact=True),
+        File("flickr30k_entities/train.txt", 320_344, "ids", exact=True),
+        File("flickr30k_entities/val.txt", 10_758, "1,000 ids, held out", exact=True),
+        File("flickr30k_entities/test.txt", 10_733, "1,000 ids, held out", exact=True),
     )
-    image_folders = (Folder("flickr30k-images", "on request from the authors; 31,783 pictures"),)
+    image_folders = (FLICKR30K,)
     style = "base"
     reads_folders = True
     Options = SplitOptions

@@ -29,14 +29,16 @@ class Gqa(Source):
     name = "gqa"
     title = "GQA, balanced questions"
     license = "CC-BY-4.0"
-    home = "cs.stanford.edu/people/dorarad/gqa/download.html"
+    home = "downloads.cs.stanford.edu/nlp/data/gqa/questions1.2.zip and images.zip"
+    # Sizes: cs.stanford.edu/people/dorarad/gqa/download.html (questions), and for images.zip the
+    # file list of huggingface.co/leonardPKU/llava1.5_data.
     files = (
         File("questions1.2.zip", 1_400_000_000, "holds the files below"),
         File("train_balanced_questions.json", 0, "943k questions"),
         File("val_balanced_questions.json", 0, "held out"),
         File("testdev_balanced_questions.json", 0, "12,578; held out"),
     )
-    image_folders = (Folder("gqa/images", "images.zip, 20 GB; or Visual Genome's folders"),)
+    image_folders = (Folder("gqa/images", "images.zip, ~21.8 GB; or Visual Genome's folders"),)
     keyed = True
     style = "vqa"
     Options = GqaOptions

@@ -18,7 +18,7 @@ from collections import Counter
 from typing import Any
 
 from data_builders.clean import ROLES, dialogue
-from data_builders.source import Draft, File, Folder, Source
+from data_builders.source import VISUAL_GENOME, Draft, File, Folder, Source
 
 _SHORT_ANSWER = (
     "Answer the question using a single word or phrase.",
@@ -40,7 +40,9 @@ class LlavaInstruct(Source):
     name = "llava_instruct"
     title = "LLaVA-Instruct-150K, its parts, 80K, and the LLaVA-1.5 mix of 665K"
     license = "CC-BY-4.0"
-    home = "huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K; COCO: cocodataset.org"
+    home = "huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K; images.cocodataset.org/zips"
+    # Sizes: the file list there; of the mix's pictures, huggingface.co/leonardPKU/llava1.5_data and
+    # huggingface.co/datasets/weizhiwang/llava_v15_instruction_images.
     files = (
         File("llava_instruct_150k.json", 229_000_000, "157,712 records"),
         File("llava_instruct_80k.json", 131_000_000, "80,000 records, a subset of 150k"),
@@ -50,12 +52,11 @@ class LlavaInstruct(Source):
         File("llava_v1_5_mix665k.json", 1_030_000_000, "665,298 records, holds 150k"),
     )
     image_folders = (
-        Folder("coco/train2017", "train2017.zip, 19.3 GB, 118,287 pictures"),
-        Folder("gqa/images", "the mix alone"),
-        Folder("ocr_vqa/images", "the mix alone; all saved as .jpg"),
-        Folder("textvqa/train_images", "train_val_images.zip, pictures of train and val"),
-        Folder("vg/VG_100K", "images.zip of Visual Genome"),
-        Folder("vg/VG_100K_2", "images2.zip"),
+        Folder("coco/train2017", "train2017.zip, ~19.3 GB, 118,287 pictures; all that 150k needs"),
+        Folder("gqa/images", "for the mix: images.zip, ~21.8 GB"),
+        Folder("ocr_vqa/images", "for the mix: all saved as .jpg, mirrored as a zip of ~8.97 GB"),
+        Folder("textvqa/train_images", "for the mix: train_val_images.zip, ~7.07 GB"),
+        *VISUAL_GENOME,
     )
 
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:

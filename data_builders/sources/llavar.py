@@ -27,9 +27,14 @@ class Llavar(Source):
     license = "CC-BY-NC-4.0"
     commercial = False
     home = "huggingface.co/datasets/SALT-NLP/LLaVAR"
+    # Sizes: the file list there.
     files = (
-        File("llava_instruct_150k_llavar_16k.json", 267_951_819, "LLaVA and 15,500 new"),
-        File("llava_instruct_150k_llavar_20k.json", 272_031_548, "LLaVA and 19,800 new"),
+        File(
+            "llava_instruct_150k_llavar_16k.json", 267_951_819, "LLaVA and 15,500 new", exact=True
+        ),
+        File(
+            "llava_instruct_150k_llavar_20k.json", 272_031_548, "LLaVA and 19,800 new", exact=True
+        ),
         File("finetune.zip", 603_000_000, "pictures"),
         File("REval.zip", 149_000_000, "50 pictures held out, for decontaminate"),
     )

@@ -73,17 +73,29 @@ class LrvInstruction(Source):
     name = "lrv_instruction"
     title = "LRV-Instruction, without coordinates, and its charts"
     license = "BSD-3-Clause (text by GPT-4), images CC-BY-4.0"
-    home = "github.com/FuxiaoLiu/LRV-Instruction, links in download.txt (lines 28, 31, 33, 12, 36)"
+    home = "github.com/FuxiaoLiu/LRV-Instruction; drive.google.com/uc?id=… of its download.txt:"
+    # Size: the file itself, in the repository; Google Drive tells none.
     files = (
-        File("filter_cap1.json", 0, "line 28; without coordinates"),
-        File("filter_cap_more1.json", 0, "line 31; without coordinates; with both 342,799"),
-        File("chart_release_update.json", 0, "line 33; charts, image_id is a file name"),
-        File("evaluation_set.json", 0, "Evaluation/; 120 pictures held out, for decontaminate"),
-        File("filter_cap.json", 0, "line 5; v1 with coordinates, not advised"),
+        File("filter_cap1.json", 0, "id 1pWkxE2kqpys1VdwBi99ZXN6-XY5SqhwU; without coordinates"),
+        File("filter_cap_more1.json", 0, "id 1NTxkuRPlvDn7aWaJpK_yb0p5r0cxPLNZ; the same"),
+        File(
+            "chart_release_update.json",
+            0,
+            "id 13j2U-ectsYGR92r6J5hPdhT8T5ezItHF; charts; 342,799 with both",
+        ),
+        File("evaluation_set.json", 102_000, "Evaluation/; 120 pictures held out, for --against"),
+        File("filter_cap.json", 0, "line 5 of download.txt; v1 with coordinates, not advised"),
     )
     image_folders = (
-        Folder("lrv/image", "the authors' archive, line 12; or Visual Genome's folders"),
-        Folder("lrv/chart_image", "line 36"),
+        Folder(
+            "lrv/image",
+            "image.tar.gz, id 1k9MNV-ImEV9BYEOeLEIb4uGEUZjd3QbM, size not published; or "
+            "Visual Genome's folders",
+        ),
+        Folder(
+            "lrv/chart_image",
+            "chart_image.zip, id 1Dey-undzW2Nl21CYLFSkP_Y4RrfRJkYd, size not published",
+        ),
     )
     Options = LrvOptions
 

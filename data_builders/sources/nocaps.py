@@ -23,9 +23,13 @@ class Nocaps(CaptionSource):
     name = "nocaps"
     title = "NoCaps validation, for evaluation"
     license = "CC-BY"
-    home = "nocaps.org/download"
+    home = "nocaps.s3.amazonaws.com/nocaps_val_4500_captions.json; nocaps.org/download"
     files = (File("nocaps_val_4500_captions.json", 0, "4,500 pictures, 45,000 captions; held out"),)
-    image_folders = (Folder("nocaps/images", "of OpenImages, saved by file_name"),)
+    image_folders = (
+        Folder(
+            "nocaps/images", "the pictures of each coco_url, saved by file_name; size not published"
+        ),
+    )
 
     def split(self, path: Path) -> Split:
         """Validation, whatever the file is called, except for the test part."""

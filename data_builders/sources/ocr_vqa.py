@@ -31,8 +31,14 @@ class OcrVqa(Source):
     license = "research use"
     commercial = False
     home = "ocr-vqa.github.io"
-    files = (File("ocr_vqa/dataset.json", 0, "207,572 covers, about 1M questions"),)
-    image_folders = (Folder("ocr_vqa/images", "fetched from the URLs in the file"),)
+    # Sizes: file lists of huggingface.co/datasets/hunarbatra/LLaVA-finetune665k and of
+    # huggingface.co/datasets/weizhiwang/llava_v15_instruction_images.
+    files = (File("ocr_vqa/dataset.json", 113_000_000, "207,572 covers, about 1M questions"),)
+    image_folders = (
+        Folder(
+            "ocr_vqa/images", "fetched from the URLs in the file; mirrored as a zip of ~8.97 GB"
+        ),
+    )
     style = "vqa"
     Options = SplitOptions
 

@@ -13,7 +13,7 @@ from collections import Counter
 from typing import Any
 
 from data_builders.question_sets import JoinedVqa
-from data_builders.source import File, Folder
+from data_builders.source import COCO_TRAIN2014, File
 
 
 class Okvqa(JoinedVqa):
@@ -22,15 +22,14 @@ class Okvqa(JoinedVqa):
     name = "okvqa"
     title = "OK-VQA 1.1"
     license = "CC-BY-4.0"
-    home = "okvqa.allenai.org; COCO: cocodataset.org"
-    image_folders = (
-        Folder("coco/train2014", "train2014.zip, 13.5 GB, 82,783 pictures; or train2017"),
-    )
+    home = "okvqa.allenai.org/download.html; images.cocodataset.org/zips"
+    image_folders = (COCO_TRAIN2014,)
+    # Sizes: file list of huggingface.co/spaces/m7mdal7aj/KB-VQA, which holds them as released.
     files = (
-        File("okvqa/OpenEnded_mscoco_train2014_questions.json", 0, "9,009 questions"),
-        File("okvqa/mscoco_train2014_annotations.json", 0, "ten answers a question"),
-        File("okvqa/OpenEnded_mscoco_val2014_questions.json", 0, "5,046; held out"),
-        File("okvqa/mscoco_val2014_annotations.json", 0, "held out"),
+        File("okvqa/OpenEnded_mscoco_train2014_questions.json", 932_000, "9,009 questions"),
+        File("okvqa/mscoco_train2014_annotations.json", 15_200_000, "ten answers a question"),
+        File("okvqa/OpenEnded_mscoco_val2014_questions.json", 522_000, "5,046; held out"),
+        File("okvqa/mscoco_val2014_annotations.json", 8_490_000, "held out"),
     )
 
     def mend(self, given: str, answer: dict[str, Any], notes: Counter[str]) -> str:

@@ -28,7 +28,7 @@ from data_builders.clean import choose, clean_question, text_of
 from data_builders.images import ImageFinder
 from data_builders.pickles import read_pickle
 from data_builders.recipe import Strict
-from data_builders.source import Draft, File, Folder, Source
+from data_builders.source import COCO_TRAIN2014, Draft, File, Source
 from data_builders.splits import split_of_file
 
 WHERE = (
@@ -70,15 +70,19 @@ class Refcoco(Source):
     name = "refcoco"
     title = "RefCOCO, RefCOCO+, RefCOCOg"
     license = "Apache-2.0 (REFER); COCO CC-BY-4.0"
-    home = "github.com/lichengunc/refer; COCO: cocodataset.org; or Shikra's annotations"
+    home = (
+        "bvisionweb1.cs.unc.edu/licheng/referit/data/refcoco.zip, refcoco+.zip, refcocog.zip, or "
+        "web.archive.org's copies of 2022; images.cocodataset.org/zips; or Shikra's annotations"
+    )
     files = (
-        File("refcoco/refs(unc).p", 0, "142,209 expressions; beside it instances.json"),
-        File("refcoco+/refs(unc).p", 0, "141,564 expressions; beside it instances.json"),
-        File("refcocog/refs(umd).p", 0, "95,010 expressions; beside it instances.json"),
+        File("refcoco/refs(unc).p", 0, "142,209 expressions"),
+        File("refcoco/instances.json", 0, "its boxes"),
+        File("refcoco+/refs(unc).p", 0, "141,564 expressions"),
+        File("refcoco+/instances.json", 0, "its boxes"),
+        File("refcocog/refs(umd).p", 0, "95,010 expressions"),
+        File("refcocog/instances.json", 0, "its boxes"),
     )
-    image_folders = (
-        Folder("coco/train2014", "train2014.zip, 13.5 GB, 82,783 pictures; or train2017"),
-    )
+    image_folders = (COCO_TRAIN2014,)
     style = "base"
     Options = RefcocoOptions
 

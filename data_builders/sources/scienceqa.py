@@ -40,9 +40,18 @@ class Scienceqa(Source):
     license = "CC-BY-NC-SA-4.0"
     commercial = False
     home = "scienceqa.github.io"
-    files = (File("scienceqa/problems.json", 0, "21,208 problems; 6,218 of train have a picture"),)
+    # Sizes: file list of huggingface.co/acheong08/mm-cot, data/scienceqa.
+    files = (
+        File(
+            "scienceqa/problems.json", 31_500_000, "21,208 problems; 6,218 of train show a picture"
+        ),
+        File("pid_splits.json", 503_000, "lists of problems; each problem tells its split, too"),
+    )
     image_folders = (
-        Folder("scienceqa/images", "train.zip (val.zip, test.zip) unpacked: train/<id>/image.png"),
+        Folder(
+            "scienceqa/images",
+            "train.zip (val.zip, test.zip), sizes not published, unpacked: train/<id>/image.png",
+        ),
     )
     style = "vqa"
     Options = ScienceOptions

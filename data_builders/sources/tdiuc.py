@@ -16,7 +16,7 @@ from typing import Any
 
 from data_builders.images import ImageFinder
 from data_builders.question_sets import JoinedVqa
-from data_builders.source import File, Folder
+from data_builders.source import COCO_TRAIN2014, VISUAL_GENOME, File
 
 
 class Tdiuc(JoinedVqa):
@@ -26,21 +26,18 @@ class Tdiuc(JoinedVqa):
     title = "TDIUC"
     license = "not stated; images of COCO and Visual Genome"
     commercial = False
-    home = "kushalkafle.com/projects/tdiuc.html; COCO: cocodataset.org; Visual Genome"
+    home = "kushalkafle.com/data/TDIUC.zip; images.cocodataset.org/zips"
+    # Size: the README of a repository that fetches it ("~70 MB"); of what it holds, none is known.
     files = (
-        File(
-            "tdiuc/Questions/OpenEnded_mscoco_train2014_questions.json",
-            0,
-            "in TDIUC.zip; 1.65M with val",
-        ),
+        File("TDIUC.zip", 70_000_000, "holds the files below; 1.65M questions with val"),
+        File("tdiuc/Questions/OpenEnded_mscoco_train2014_questions.json", 0, "questions"),
         File("tdiuc/Annotations/mscoco_train2014_annotations.json", 0, "one answer a question"),
         File("tdiuc/Questions/OpenEnded_mscoco_val2014_questions.json", 0, "held out"),
         File("tdiuc/Annotations/mscoco_val2014_annotations.json", 0, "held out"),
     )
     image_folders = (
-        Folder("coco/train2014", "train2014.zip, 13.5 GB, 82,783 pictures; or train2017"),
-        Folder("vg/VG_100K", "images.zip of Visual Genome"),
-        Folder("vg/VG_100K_2", "images2.zip"),
+        COCO_TRAIN2014,
+        *VISUAL_GENOME,
     )
 
     def picture(self, image_id: Any, split: str, finder: ImageFinder) -> str | None:

@@ -26,11 +26,12 @@ class Textcaps(CaptionSource):
     name = "textcaps"
     title = "TextCaps 0.1"
     license = "CC-BY-4.0"
-    home = "textvqa.org/textcaps/dataset"
+    home = "dl.fbaipublicfiles.com/textvqa/data/textcaps and /images; textvqa.org/textcaps/dataset"
+    # Size of the pictures: file list of huggingface.co/datasets/redactable-llm/TextVQA.
     files = (
         File("TextCaps_0.1_train.json", 0, "21,953 pictures, 109,765 captions"),
         File("TextCaps_0.1_val.json", 0, "held out"),
-        File("train_val_images.zip", 6_600_000_000, "TextVQA's pictures"),
+        File("train_val_images.zip", 7_070_000_000, "TextVQA's pictures"),
     )
     image_folders = (
         Folder("textvqa/train_images", "train_val_images.zip, pictures of train and val"),

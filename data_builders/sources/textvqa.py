@@ -24,11 +24,12 @@ class Textvqa(Source):
     name = "textvqa"
     title = "TextVQA 0.5.1"
     license = "CC-BY-4.0"
-    home = "textvqa.org/dataset"
+    home = "dl.fbaipublicfiles.com/textvqa/data and /images; textvqa.org/dataset"
+    # Sizes: file list of huggingface.co/datasets/redactable-llm/TextVQA.
     files = (
-        File("TextVQA_0.5.1_train.json", 103_000_000, "34,602 questions"),
-        File("TextVQA_0.5.1_val.json", 16_000_000, "5,000; held out"),
-        File("train_val_images.zip", 6_600_000_000, "pictures of both, unpacks to train_images"),
+        File("TextVQA_0.5.1_train.json", 21_600_000, "34,602 questions"),
+        File("TextVQA_0.5.1_val.json", 3_120_000, "5,000; held out"),
+        File("train_val_images.zip", 7_070_000_000, "pictures of both, unpacks to train_images"),
     )
     image_folders = (
         Folder("textvqa/train_images", "train_val_images.zip, pictures of train and val"),

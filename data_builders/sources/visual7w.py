@@ -32,13 +32,18 @@ class Visual7w(Source):
     name = "visual7w"
     title = "Visual7W, telling and pointing"
     license = "not stated; COCO CC-BY-4.0"
-    home = "ai.stanford.edu/~yukez/visual7w"
+    home = (
+        "ai.stanford.edu/~yukez/papers/resources/dataset_v7w_telling.zip and "
+        "dataset_v7w_pointing.zip; "
+        "vision.stanford.edu/yukezhu/visual7w_images.zip"
+    )
+    # Size of the pictures: a README that fetches them ("1.7 GB images").
     files = (
         File("dataset_v7w_telling.json", 0, "139,868 questions; 69,817 of train"),
         File("dataset_v7w_pointing.json", 0, "188,068 questions; 93,813 of train"),
     )
     image_folders = (
-        Folder("visual7w/images", "visual7w_images.zip, 47,300 pictures called v7w_*.jpg"),
+        Folder("visual7w/images", "visual7w_images.zip, ~1.7 GB, 47,300 pictures called v7w_*.jpg"),
     )
     style = "vqa"
     Options = SplitOptions

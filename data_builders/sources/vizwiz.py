@@ -39,12 +39,17 @@ class Vizwiz(Source):
     name = "vizwiz"
     title = "VizWiz-VQA"
     license = "CC-BY-4.0"
-    home = "vizwiz.org/tasks-and-datasets/vqa"
+    home = (
+        "vizwiz.cs.colorado.edu/VizWiz_final/vqa_data/Annotations.zip; "
+        "vizwiz.cs.colorado.edu/VizWiz_final/images/train.zip"
+    )
+    # Size: file list of huggingface.co/datasets/studymakesmehappyyyyy/llava_eval, vizwiz.
     files = (
-        File("vizwiz/Annotations/train.json", 0, "20,523 questions, in Annotations.zip"),
+        File("Annotations.zip", 1_710_000, "holds the files below"),
+        File("vizwiz/Annotations/train.json", 0, "20,523 questions"),
         File("vizwiz/Annotations/val.json", 0, "4,319; held out"),
     )
-    image_folders = (Folder("vizwiz/train", "train.zip"),)
+    image_folders = (Folder("vizwiz/train", "train.zip, size not published"),)
     style = "vqa"
     Options = VizwizOptions
 

@@ -14,7 +14,7 @@ Usage:
 """
 
 from data_builders.question_sets import JoinedVqa
-from data_builders.source import File, Folder
+from data_builders.source import COCO_TRAIN2014, File
 
 
 class Vqav2(JoinedVqa):
@@ -23,16 +23,18 @@ class Vqav2(JoinedVqa):
     name = "vqav2"
     title = "VQAv2, real images"
     license = "CC-BY-4.0"
-    home = "visualqa.org/download.html; COCO: cocodataset.org"
+    home = (
+        "visualqa.org/download.html (v2_Questions_Train_mscoco.zip, "
+        "v2_Annotations_Train_mscoco.zip); images.cocodataset.org/zips"
+    )
+    # Sizes: file list of huggingface.co/oclmodels/vqav2_questions; counts: visualqa.org.
     files = (
-        File("v2_OpenEnded_mscoco_train2014_questions.json", 0, "443,757 questions"),
-        File("v2_mscoco_train2014_annotations.json", 0, "ten answers a question"),
-        File("v2_OpenEnded_mscoco_val2014_questions.json", 0, "214,354; held out"),
-        File("v2_mscoco_val2014_annotations.json", 0, "held out"),
+        File("v2_OpenEnded_mscoco_train2014_questions.json", 42_000_000, "443,757 questions"),
+        File("v2_mscoco_train2014_annotations.json", 356_000_000, "ten answers a question"),
+        File("v2_OpenEnded_mscoco_val2014_questions.json", 20_200_000, "214,354; held out"),
+        File("v2_mscoco_val2014_annotations.json", 172_000_000, "held out"),
     )
-    image_folders = (
-        Folder("coco/train2014", "train2014.zip, 13.5 GB, 82,783 pictures; or train2017"),
-    )
+    image_folders = (COCO_TRAIN2014,)
 
 
 SOURCE = Vqav2

@@ -365,7 +365,10 @@ def test_list_sources_tells_what_to_fetch(tmp_path):
     assert "here     filter_cap1.json" in table
     assert "here     okvqa/mscoco_train2014_annotations.json" in table
     assert "missing  tdiuc/Annotations/mscoco_train2014_annotations.json" in table
-    assert re.search(r"here     coco/train2014/ +1  pictures: train2014\.zip", table)
+    assert re.search(r"here     coco/train2014/ +1 pictures  train2014\.zip, ~13\.5 GB", table)
     assert "missing  coco/val2014/" in table
-    assert "missing  llava_v1_5_mix665k.json" in table and "1,030 MB" in table
+    assert re.search(r"missing  llava_v1_5_mix665k\.json +~1\.03 GB  665,298", table)
+    assert " 268 MB  LLaVA and" in table and " 303 bytes  21 captions" in table  # to the byte
+    assert re.search(r"refcoco/refs\(unc\)\.p +size not published  142,209", table)
+    assert not re.search(r" - ", table)
     assert "CC-BY-NC-4.0 (non-commercial)" in table
