@@ -56,6 +56,12 @@ class BuildResult:
                 f"{row['conversations']:>10,}"
             )
             lines += [f"  dropped {n:>7,}  {reason}" for reason, n in row["dropped"].items()]
+            lines += [f"  noted   {n:>7,}  {name}" for name, n in row["repaired"].items()]
+            if "split_unknown" in row["repaired"]:
+                lines.append(
+                    "  nothing says which of these records are held out; list train.txt, val.txt "
+                    "and test.txt of Flickr30k Entities among the annotations to leave those out"
+                )
         if self.kept_shards:
             lines.append(
                 f"went on with an interrupted build: {self.kept_shards} shards of work were done, "

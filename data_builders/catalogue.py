@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_builders.images import SUFFIXES
 from data_builders.recipe import source_names
-from data_builders.source import File, Source, load_source
+from data_builders.source import Source, load_source
 
 
 def list_sources(folder: Path | None = None) -> str:
@@ -45,24 +45,10 @@ def _block(source: type[Source], files: set[str], folders: dict[str, int]) -> li
         state = "here" if any(place.endswith(f"/{file.name}") for place in files) else "missing"
         if "*" in file.name:  # one's own files, whatever they are called
             state = "any of"
-        rows.append(f"  {state:8} {file.name:57} {_size(file):>18}  {file.note}".rstrip())
+        rows.append(f"  {state:8} {file.name:57} {file.size_in_words():>18}  {file.note}".rstrip())
     for wanted in source.image_folders:
         held = [n for place, n in folders.items() if f"{place}/".endswith(f"/{wanted.name}/")]
         state = "here" if any(held) else "missing"
         found = f"{max(held, default=0):,} pictures"
         rows.append(f"  {state:8} {wanted.name + '/':57} {found:>18}  {wanted.note}")
     return rows
-
-
-def _size(file: File) -> str:
-    """A file's size in words, `~` before one that its publisher rounds."""
-    if "*" in file.name:
-        return ""
-    if not file.size:
-        return "size not published"
-    unit, scale = next(
-        (unit, scale)
-        for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
-        if file.size >= scale
-    )
-    return f"{'' if file.exact else '~'}{file.size / scale:.3g} {unit}"

@@ -33,6 +33,7 @@ _DROPS = {
     "image_too_long": "The picture is a strip: too long for its width",
     "image_too_small": "The picture is too small to show anything",
     "image_truncated": "The picture's file ends before the picture does",
+    "line_malformed": "The line has not the form of the others",
     "left_out_by_weight": "Left out by the source's weight",
     "marker_count_differs": "Pictures and their markers differ in number",
     "near_duplicate": "The same words about a picture that looks the same are in already",
@@ -58,6 +59,7 @@ _REPAIRS = {
     "leading_answer_removed": "answer before the first question taken out",
     "marker_added": "picture marker added",
     "marker_moved_or_merged": "picture marker put in its place",
+    "split_unknown": "entered though nothing says whether it is held out",
     "trailing_question_removed": "last question without an answer taken out",
 }
 _KINDS = {

@@ -6,9 +6,12 @@ flags by themselves. Mistakes of the user end in one line and status 2.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from pydantic import BaseModel
 
 from cogvlm_sft.errors import CogVLMSFTError, RecipeError
 from data_builders.build import build_recipe
@@ -22,18 +25,43 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
     module = sys.modules[source.__module__]
     parser = argparse.ArgumentParser(
         prog=f"python -m data_builders.sources.{name}",
-        description=module.__doc__,
+        description=f"{module.__doc__}\n{source.what_to_fetch()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--annotations", nargs="+", default=[], metavar="PATH")
-    parser.add_argument("--images", nargs="+", default=[], metavar="DIR")
-    parser.add_argument("--out", required=True, metavar="BUILD")
-    parser.add_argument("--image-root", metavar="DIR", help="what paths are relative to")
-    parser.add_argument("--style", choices=("chat", "vqa", "base"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument(
+        "--annotations",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="the released files, or zip or tar files that hold them",
+    )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders that hold the pictures, however deep, or zip or tar files of them",
+    )
+    parser.add_argument("--out", required=True, metavar="BUILD", help="the build folder to write")
+    parser.add_argument(
+        "--image-root",
+        metavar="DIR",
+        help="what picture paths are relative to; the image folders' parent unless given",
+    )
+    parser.add_argument(
+        "--style",
+        choices=("chat", "vqa", "base"),
+        help=f"prompt style, {source.style} unless given",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides the order")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="processes; the result does not depend on it",
+    )
     parser.add_argument("--max", type=int, metavar="N", help="at most N conversations")
-    parser.add_argument("--shard-size", type=int, default=50_000)
+    parser.add_argument("--shard-size", type=int, default=50_000, help="conversations a file")
     parser.add_argument("--min-side", type=int, default=28, help="smallest picture side, pixels")
     parser.add_argument("--no-image-check", action="store_true", help="do not open pictures")
     parser.add_argument(
@@ -43,7 +71,7 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
         metavar="PATH",
         help="lists of held-out picture ids, or folders of held-out pictures; theirs are dropped",
     )
-    parser.add_argument("--keep-duplicates", action="store_true")
+    parser.add_argument("--keep-duplicates", action="store_true", help="keep what is in already")
     parser.add_argument("--no-clean", action="store_true", help="without the set's own clean rules")
     for key, option in source.Options.model_fields.items():
         described = str(option.annotation)
@@ -53,6 +81,7 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
             nargs="+" if "dict" in described or "list" in described else None,
             action="extend" if "dict" in described or "list" in described else "store",
             metavar="OURS=THEIRS" if "dict" in described else "VALUE",
+            help=_meaning(source.Options, key),
         )
     given = parser.parse_args(arguments)
     entry: dict[str, Any] = {
@@ -82,6 +111,15 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _meaning(options: type[BaseModel], key: str) -> str:
+    """What the docstring of an options class, or of one it extends, says of an attribute."""
+    for model in options.__mro__:
+        said = re.search(rf"^ +{key}: (.+?)(?=^ +\w+: |^ *$|\Z)", model.__doc__ or "", re.M | re.S)
+        if said:
+            return " ".join(said[1].split()).rstrip(".")
+    return ""  # docstrings are off
 
 
 def _pairs(items: list[str]) -> dict[str, str]:

@@ -45,6 +45,16 @@ class File:
     note: str = ""
     exact: bool = False
 
+    def size_in_words(self) -> str:
+        """The size, with `~` before one that its publisher rounds."""
+        if "*" in self.name:  # one's own files
+            return ""
+        if not self.size:
+            return "size not published"
+        units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
+        unit, scale = next((unit, scale) for unit, scale in units if self.size >= scale)
+        return f"{'' if self.exact else '~'}{self.size / scale:.3g} {unit}"
+
 
 @dataclass(frozen=True, slots=True)
 class Folder:
@@ -119,6 +129,23 @@ class Source(ABC):
     needs_annotations: ClassVar[bool] = True
     reads_folders: ClassVar[bool] = False
     Options: ClassVar[type[Strict]] = NoOptions
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.files:  # its docstring tells what to fetch, from the same lines as `data sources`
+            cls.__doc__ = f"{cls.__doc__ or cls.title}\n\n{cls.what_to_fetch()}"
+
+    @classmethod
+    def what_to_fetch(cls) -> str:
+        """The files to fetch, their sizes, the licence and the picture folders, as text."""
+        use = "" if cls.commercial else " (non-commercial)"
+        lines = [f"Licence: {cls.license}{use}", *(f"From: {p}" for p in cls.home.split("; ") if p)]
+        lines += [
+            f"File: {', '.join(filter(None, (file.name, file.size_in_words(), file.note)))}"
+            for file in cls.files
+        ]
+        lines += [f"Pictures: {folder.name}/, {folder.note}" for folder in cls.image_folders]
+        return "\n".join(lines)
 
     def __init__(self, entry: SourceEntry) -> None:
         self.entry = entry

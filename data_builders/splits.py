@@ -30,7 +30,11 @@ _MEANING: dict[str, Split] = {
 
 
 class SplitOptions(Strict):
-    """Options: which splits may enter the build; held-out ones only for evaluation."""
+    """Options.
+
+    Attributes:
+        splits: Which splits may enter: train, val, test. Held-out ones only for evaluation.
+    """
 
     splits: list[Split] = Field(default=["train"], min_length=1)
 

@@ -51,7 +51,11 @@ _REQUESTS = {
 
 
 class Options311k(Strict):
-    """Options: which languages to take."""
+    """Options.
+
+    Attributes:
+        languages: Which languages to take: en, zh.
+    """
 
     languages: list[Literal["en", "zh"]] = Field(default=["en", "zh"], min_length=1)
 

@@ -18,7 +18,11 @@ from data_builders.splits import SplitOptions, split_of_file
 
 
 class GqaOptions(SplitOptions):
-    """Options: splits, and whether whole sentences are the answers."""
+    """Options.
+
+    Attributes:
+        full_answers: Whether whole sentences are the answers, true or false.
+    """
 
     full_answers: bool = False
 

@@ -62,7 +62,12 @@ class _Repeated(list[Any]):
 
 
 class LrvOptions(Strict):
-    """Options: how many questions about a picture become one conversation at most; each alone."""
+    """Options.
+
+    Attributes:
+        group: How many questions about a picture become one conversation, at most; 1 leaves each
+            alone.
+    """
 
     group: int = Field(default=1, ge=1)
 

@@ -27,7 +27,11 @@ _ASK = "Answer with the option's letter from the given choices directly."
 
 
 class ScienceOptions(SplitOptions):
-    """Options: splits, and whether problems without a picture enter."""
+    """Options.
+
+    Attributes:
+        text_only: Whether problems without a picture enter, true or false.
+    """
 
     text_only: bool = False
 

@@ -28,7 +28,11 @@ _SPLIT = re.compile(r"VizWiz_([A-Za-z]+)_")
 
 
 class VizwizOptions(SplitOptions):
-    """Options: splits, and the largest share of records that may answer "unanswerable"."""
+    """Options.
+
+    Attributes:
+        max_unanswerable: The largest share of records that may answer "unanswerable", 0 to 1.
+    """
 
     max_unanswerable: float = Field(default=1.0, ge=0, le=1)
 

@@ -351,7 +351,8 @@ def test_flickr30k_entities(entities, run, root):
 
 def test_entities_without_split_lists_say_so(entities, run):
     home = entities("5", "[/EN#1/people A man] .\n", xml((["1"], (0, 0, 250, 250))))
-    report, built, _ = run("flickr30k_entities", [home / "Sentences", home / "Annotations"])
+    report, built, result = run("flickr30k_entities", [home / "Sentences", home / "Annotations"])
+    assert "nothing says which of these records are held out; list train.txt" in result.summary()
     assert built[0]["messages"][1]["content"] == "A man [[000,000,500,999]] ."
     assert report["repaired"]["split_unknown"] == 1
 

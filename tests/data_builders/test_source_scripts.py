@@ -41,3 +41,20 @@ def test_what_a_source_says_of_itself(name):
     assert source.draft is not Source.draft
     for file in source.files:
         assert file.size >= 0 and not file.name.startswith("/")
+        assert file.name in source.__doc__ and file.size_in_words() in source.__doc__
+    for folder in source.image_folders:
+        assert f"{folder.name}/" in source.__doc__
+    assert source.license in source.__doc__
+
+
+@pytest.mark.parametrize("name", source_names())
+def test_help_tells_what_to_fetch_and_what_every_flag_means(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_source(name, ["--help"])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert load_source(name).what_to_fetch() in said
+    flags = re.findall(r"^  (?:-h, )?(--[a-z-]+)(.*(?:\n {4,}.*)*)", said, re.MULTILINE)
+    assert len(flags) > 12
+    for flag, rest in flags:
+        assert len(re.sub(r"[A-Z]{2,}[=A-Z]*|\{.*?\}|\[.*?\]|\.\.\.", "", rest).split()) > 1, flag
