@@ -68,6 +68,7 @@ class CogVLMSFT(_Base):
             raise DataError("lmms-eval is not installed: pip install 'cogvlm-sft[eval]'")
         super().__init__()
         self.model = open_model(checkpoint, dtype=dtype, quantize=quantize)
+        self.device = self.model.device  # lmms-eval's processes count their questions there
         self.processor = load_processor(checkpoint, tokenizer)
         self.style = style
         self.batch_size = int(batch_size)

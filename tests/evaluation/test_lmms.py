@@ -1,9 +1,14 @@
 """The lmms-eval adapter: on its own instances; under lmms-eval itself where that is installed."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy
 import pytest
 from PIL import Image
@@ -84,3 +89,54 @@ def test_lmms_eval_finds_the_model_by_its_entry_point() -> None:
     found = registry.ModelRegistryV2()
     found.register_manifest(lmms.manifest())
     assert "cogvlm_sft" in found.list_model_names()
+
+
+TASK = """
+task: colours_local
+dataset_path: parquet
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function shown.visual
+doc_to_text: !function shown.text
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+SHOWN = """
+def visual(row):
+    return [row["image"].convert("RGB")]
+
+def text(row, lmms_eval_specific_kwargs=None):
+    return row["question"]
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_lmms_eval_score_what_we_score(
+    checkpoint: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    pytest.importorskip("lmms_eval.__main__", reason="needs the extra `eval`")
+    pictures = [_picture(n) for n in range(6)]
+    asked = [f"What digit is this, {n}?" for n in range(6)]
+    said = generate_answers(
+        *tiny, [Request((p,), q, "vqa") for p, q in zip(pictures, asked, strict=True)],
+        max_new_tokens=4,
+    )  # fmt: skip
+    answers = [*said[:4], "wrong", "wrong"]
+    rows = datasets.Dataset.from_dict({"image": pictures, "question": asked, "answer": answers})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "colours.yaml").write_text(TASK.replace("FILE", str(tmp_path / "rows.parquet")))
+    (tmp_path / "shown.py").write_text(SHOWN)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "lmms_eval", "--model", "cogvlm_sft",
+         "--model_args", f"checkpoint={checkpoint},style=vqa", "--tasks", "colours_local",
+         "--include_path", str(tmp_path), "--batch_size", "2",
+         "--output_path", str(tmp_path / "o")],
+        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    found = [json.loads(file.read_text()) for file in (tmp_path / "o").rglob("*results.json")]
+    assert found, done.stderr[-2000:]
+    assert found[0]["results"]["colours_local"]["exact_match,none"] == pytest.approx(4 / 6)
