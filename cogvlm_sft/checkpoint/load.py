@@ -6,6 +6,7 @@ fresh weights in it. Saving writes beside the target and renames, so a reader ne
 checkpoint. Only safetensors is read: the older `.bin` files are pickles, which can run code.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -13,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-)
+from transformers import GenerationConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from cogvlm_sft.checkpoint.adapter import base_of, is_adapter, wear_adapter
 from cogvlm_sft.checkpoint.config import load_config, make_config
-from cogvlm_sft.checkpoint.positions import resize_positions
+from cogvlm_sft.checkpoint.fill import StoredWeights, fill
+from cogvlm_sft.checkpoint.positions import resize_positions, with_image_size
 from cogvlm_sft.checkpoint.processor import (
     build_processor,
     load_processor,
@@ -28,14 +29,13 @@ from cogvlm_sft.checkpoint.processor import (
 )
 from cogvlm_sft.checkpoint.quantized import nf4_config, settle_quantized
 from cogvlm_sft.checkpoint.staging import staged
-from cogvlm_sft.checkpoint.weights import INDEX, Header, check_fit, read_headers, read_tensor
+from cogvlm_sft.checkpoint.weights import INDEX, Header, check_fit, read_headers
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import (
     CogVLMConfig,
     CogVLMForCausalLM,
     CogVLMProcessor,
 )
-from cogvlm_sft.model.attention_cogvlm import inverse_frequencies
 
 # Buffers that released files hold and newer exports may leave out; they are computed, never read.
 OPTIONAL_SUFFIX = "rotary_emb.inv_freq"
@@ -68,7 +68,8 @@ def load_model(
         base: of an adapter, in place of the folder that its configuration names.
         image_size: side of the pictures in pixels, where it is to differ from the checkpoint's;
             the tower's position embedding is interpolated (`checkpoint.positions`).
-        device: where the weights are put; 4-bit ones are made on this process's own device.
+        device: where the weights are put; "meta" reads none (`checkpoint.fill` does, once the model
+            is split). 4-bit ones are made on this process's own device.
 
     Raises:
         CheckpointError: the folder, its configuration or its weights are missing, damaged, or do
@@ -86,12 +87,12 @@ def load_model(
             device=device,
         )
         return wear_adapter(model, folder, merge=not quantize)
+    if not quantize:
+        stored = stored_weights(folder, image_size)
+        return _load_plain(folder, stored, torch_dtype(dtype), attention, device)
     config = load_config(folder)
-    headers = _check_tensors(folder, config)
-    if quantize:
-        model = _load_quantized(folder, config, torch_dtype(dtype), attention, quantize)
-    else:
-        model = _load_plain(folder, config, headers, torch_dtype(dtype), attention, device)
+    _check_tensors(folder, config)
+    model = _load_quantized(folder, config, torch_dtype(dtype), attention, quantize)
     if image_size is not None:
         resize_positions(model, image_size)
     return model
@@ -99,39 +100,45 @@ def load_model(
 
 def _load_plain(
     folder: Path,
-    config: CogVLMConfig,
-    headers: Mapping[str, Header],
+    stored: StoredWeights,
     dtype: torch.dtype,
     attention: str,
     device: str | torch.device,
 ) -> CogVLMForCausalLM:
-    """Fills a model without storage, tensor by tensor.
-
-    `from_pretrained` keeps every file mapped until the last tensor is cast, which in another dtype
-    than the files' is all of them on top of the model.
-    """
+    """Builds a model without storage and fills it, or leaves both for when it is split."""
+    # DeepSpeed splits a model as it is built; it cannot split what has no storage.
+    place = contextlib.nullcontext() if is_deepspeed_zero3_enabled() else torch.device("meta")
     try:
-        with torch.device("meta"):
+        with place:
             model: CogVLMForCausalLM = CogVLMForCausalLM._from_config(
-                config, dtype=dtype, attn_implementation=attention
+                stored.config, dtype=dtype, attn_implementation=attention
             )
     except (ImportError, ValueError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {error}") from None
-    for name in model.state_dict():
-        module_name, _, kind = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        if name in headers:
-            tensor = read_tensor(name, headers[name], dtype, device)
-        else:
-            tensor = inverse_frequencies(config, torch.device(device)).to(dtype)
-        if kind in module._parameters:
-            module.register_parameter(kind, torch.nn.Parameter(tensor))
-        else:
-            module.register_buffer(kind, tensor)
-    model.tie_weights()
+    if torch.device(device).type != "meta":
+        if model.device.type == "meta":
+            model.to_empty(device=device)
+        fill(model, stored)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()
+
+
+def stored_weights(path: str | Path, image_size: int | None = None) -> StoredWeights:
+    """The tensors of a checkpoint folder, none of them read yet, every one accounted for.
+
+    Args:
+        path: folder with config.json and safetensors weights.
+        image_size: side of the pictures in pixels, where it is to differ from the checkpoint's.
+
+    Raises:
+        CheckpointError: see `load_model`.
+    """
+    config = load_config(Path(path))
+    headers = _check_tensors(Path(path), config)
+    if image_size is not None:
+        config = with_image_size(config, image_size)
+    return StoredWeights(config, headers)
 
 
 def _load_quantized(
@@ -150,7 +157,7 @@ def _load_quantized(
             attn_implementation=attention,
             quantization_config=nf4_config(config, quantize, dtype),
             # 4-bit weights are made on the device where they stay; others are moved later.
-            device_map={"": _device()},
+            device_map={"": own_device()},
             output_loading_info=True,
             local_files_only=True,
         )
@@ -288,7 +295,7 @@ def expected_shapes(config: CogVLMConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _device() -> str:
+def own_device() -> str:
     """Where this process computes."""
     if not torch.cuda.is_available():
         return "cpu"
@@ -326,8 +333,10 @@ __all__ = [
     "load_processor",
     "load_tokenizer",
     "make_config",
+    "own_device",
     "save_checkpoint",
     "save_processor",
+    "stored_weights",
     "torch_dtype",
     "weight_files",
 ]

@@ -94,21 +94,25 @@ def read_tensor(
     header: Header,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    rows: slice = slice(None),
 ) -> torch.Tensor:
-    """One tensor, in memory of its own.
+    """One tensor, or some of its rows, in memory of its own.
 
     Args:
         name: of the tensor.
         header: where it is.
         dtype: to cast a floating tensor to; None keeps the file's.
         device: to put it on.
+        rows: along the first dimension; only these are read.
 
     Raises:
         CheckpointError: the file was damaged since its header was read.
     """
     try:
         with safe_open(header.file, framework="pt") as tensors:
-            mapped: torch.Tensor = tensors.get_tensor(name)
+            mapped: torch.Tensor = (
+                tensors.get_tensor(name) if rows == slice(None) else tensors.get_slice(name)[rows]
+            )
             kept = dtype if dtype is not None and mapped.is_floating_point() else mapped.dtype
             return mapped.to(device, kept, copy=True)
     except (SafetensorError, OSError) as error:

@@ -24,7 +24,7 @@ from cogvlm_sft.errors import CheckpointError, CogVLMSFTError, RecipeError
 from cogvlm_sft.evaluation.run import check_task
 from cogvlm_sft.model import CogVLMConfig, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
-from cogvlm_sft.training import snapshots
+from cogvlm_sft.training import launch, snapshots
 from cogvlm_sft.training.estimate import GIB, estimate, model_config
 from cogvlm_sft.training.samples import prompt_requests
 from cogvlm_sft.training.services import check_service
@@ -94,6 +94,7 @@ def check_ready(recipe: Recipe, world_size: int) -> None:
             "(accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m cogvlm_sft.cli "
             "train …), or name the one to use by CUDA_VISIBLE_DEVICES"
         )
+    missing += _not_split(recipe)
     service = recipe.train.report_to
     if service != "none" and importlib.util.find_spec(service) is None:
         missing.append(
@@ -107,6 +108,25 @@ def check_ready(recipe: Recipe, world_size: int) -> None:
     if missing:
         listed = "\n".join(f"  - {item}" for item in missing)
         raise RecipeError(f"{recipe.source} cannot run here; missing:\n{listed}")
+
+
+def _not_split(recipe: Recipe) -> list[str]:
+    """What FSDP2 and DeepSpeed cannot divide among the GPUs."""
+    if not (launch.under_fsdp() or launch.under_deepspeed()):
+        return []
+    ddp = "use recipes/accelerate/ddp.yaml"
+    found = []
+    if recipe.train.optimizer == "paged_adamw_8bit":
+        found.append(
+            "train.optimizer: paged_adamw_8bit keeps its moments in blocks of whole tensors, which "
+            f"FSDP2 and DeepSpeed split; set it to adamw, or {ddp}"
+        )
+    if recipe.model.quantize is not None:
+        found.append(
+            f"model.quantize: FSDP2 and DeepSpeed do not split 4-bit weights; {ddp}, where every "
+            "GPU holds them all"
+        )
+    return found
 
 
 def _check_tokenizer(recipe: Recipe, missing: list[str]) -> None:
@@ -127,7 +147,7 @@ def _memory_short(recipe: Recipe, config: CogVLMConfig, world_size: int) -> list
     """A line where the estimate exceeds what this device has, else nothing."""
     available, device = available_memory(world_size)
     found = estimate(recipe, gpus=world_size, gpu_memory_gib=available / GIB, device=device)
-    sharded = _enabled("ACCELERATE_USE_FSDP") or _enabled("ACCELERATE_USE_DEEPSPEED")
+    sharded = launch.under_fsdp() or launch.under_deepspeed()
     plan = found.plans[-1] if sharded else found.plans[0]
     # Activations are a model of what autograd keeps; refuse only what is clearly too much.
     if 0.9 * plan.total <= available:
@@ -216,7 +236,7 @@ def check_output(recipe: Recipe) -> Path | None:
     found = snapshots.newest_complete(output)
     if found is None:
         print(f"warning: no snapshot in {output} is complete; starting at step 0", file=sys.stderr)
-    elif snapshots.is_sharded(found) != (sharded := _enabled("ACCELERATE_USE_FSDP")):
+    elif snapshots.is_sharded(found) != (sharded := launch.under_fsdp()):
         there, here = ("with", "without") if not sharded else ("without", "with")
         raise RecipeError(
             f"{recipe.source}: {found} was written by a run {there} FSDP, this one is {here}; go "
@@ -224,11 +244,6 @@ def check_output(recipe: Recipe) -> Path | None:
             "processes may differ)"
         )
     return found
-
-
-def _enabled(variable: str) -> bool:
-    """A switch that accelerate's launcher hands to its processes."""
-    return os.environ.get(variable, "").lower() == "true"
 
 
 def _changes(written: Path, recipe: Recipe) -> list[str]:

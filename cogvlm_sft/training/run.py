@@ -20,14 +20,20 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from cogvlm_sft.checkpoint.load import build_model, load_model, save_checkpoint
+from cogvlm_sft.checkpoint.load import (
+    build_model,
+    load_model,
+    own_device,
+    save_checkpoint,
+    stored_weights,
+)
 from cogvlm_sft.data.collator import CogVLMCollator
 from cogvlm_sft.data.mixture import ConversationDataset
 from cogvlm_sft.data.packing import SharedImageCollator
 from cogvlm_sft.errors import CheckpointError, TrainingError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
-from cogvlm_sft.training import snapshots
+from cogvlm_sft.training import launch, snapshots
 from cogvlm_sft.training.arguments import training_arguments
 from cogvlm_sft.training.preflight import (
     RECIPE_FILE,
@@ -91,8 +97,7 @@ def train(recipe: Recipe) -> TrainResult:
     """
     started = time.monotonic()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    first = int(os.environ.get("RANK", "0")) == 0
+    world_size, first = launch.world_size(), launch.rank() == 0
     recipe.accumulation_steps(world_size)
     resume_from = check_output(recipe)
     check_ready(recipe, world_size)
@@ -110,6 +115,9 @@ def train(recipe: Recipe) -> TrainResult:
         fresh = None if recipe.model.checkpoint else _fresh_model(recipe)
         arguments = training_arguments(recipe, world_size)
         model = fresh or _read_model(recipe)
+        weights = None
+        if model.device.type == "meta":
+            weights = stored_weights(recipe.model.checkpoint or Path(), recipe.model.image_size)
         rates = recipe.tune.trainable()
         apply_tuning(model, recipe.tune)
         _hold_frozen(model, getattr(torch, recipe.model.dtype))
@@ -150,6 +158,7 @@ def train(recipe: Recipe) -> TrainResult:
             callbacks=callbacks,
             keep_snapshots=recipe.train.keep_snapshots,
             adapter=_adapter_files(recipe),
+            weights=weights,
         )
         _agree(resume_from)
         with service_run(arguments, recipe, first=first, resumed=resume_from is not None):
@@ -193,7 +202,7 @@ def _lost(recipe: Recipe, error: RuntimeError) -> TrainingError:
     last = snapshots.newest_complete(recipe.train.output)
     where = f"from {last}" if last else "from its start, since no snapshot was written yet"
     return TrainingError(
-        f"another process of this run is gone, so process {os.environ.get('RANK', '0')} stops too "
+        f"another process of this run is gone, so process {launch.rank()} stops too "
         f"({str(error).splitlines()[0]}); the same command goes on {where}"
     )
 
@@ -287,13 +296,19 @@ def _fresh_model(recipe: Recipe) -> CogVLMForCausalLM:
 
 
 def _read_model(recipe: Recipe) -> CogVLMForCausalLM:
+    """The checkpoint, on the device that this process trains on.
+
+    Where FSDP2 will split it, nothing is read before; adapters are made beside whole weights.
+    """
     section = recipe.model
+    split_first = launch.under_fsdp() and not recipe.writes_adapter
     return load_model(
         section.checkpoint or Path(),
         dtype=section.dtype,
         attention=section.attention,
         quantize=section.quantize.groups if section.quantize else (),
         image_size=section.image_size,
+        device="meta" if split_first else own_device(),
     )
 
 

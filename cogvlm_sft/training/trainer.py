@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from cogvlm_sft.checkpoint.fill import StoredWeights, fill
 from cogvlm_sft.errors import CheckpointError, RecipeError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.training import snapshots
@@ -68,6 +69,7 @@ class CogVLMTrainer(SFTTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         keep_snapshots: int = 2,
         adapter: AdapterFiles | None = None,
+        weights: StoredWeights | None = None,
     ) -> None:
         """Set up a run.
 
@@ -84,6 +86,7 @@ class CogVLMTrainer(SFTTrainer):
             callbacks: progress, metrics, signals.
             keep_snapshots: how many complete snapshots stay on the disk.
             adapter: snapshots hold what is trained only, as an adapter; None holds the model.
+            weights: of a model without storage, which FSDP2 splits before they are read.
         """
         hold_trainable_in_fp32(model)
         masters = fp32_masters(model)
@@ -105,10 +108,10 @@ class CogVLMTrainer(SFTTrainer):
         self.rates = dict(rates)
         self.keep_snapshots = keep_snapshots
         self.adapter = adapter
-        # The model divides its summed loss by what we pass, and labels are shifted inside: the
-        # two facts transformers would otherwise guess from the class's signature and name.
+        self.weights = weights
+        # The model divides its summed loss by what we pass; transformers would guess it from the
+        # class's signature.
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
         self._saving_into: Path | None = None
         self._rates_of_step: dict[str, float] = {}
         self.throughput = Throughput(
@@ -155,7 +158,7 @@ class CogVLMTrainer(SFTTrainer):
             self.data_collator = packing
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over group x decay; FSDP passes the sharded `model` it prepared."""
+        """AdamW over group x decay."""
         if self.optimizer is None:
             args = self.args
             groups = parameter_groups(
@@ -186,6 +189,19 @@ class CogVLMTrainer(SFTTrainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader[Any]]:
+        if self.weights is not None:
+            # Addresses without memory behind them: accelerate tells parameters apart by these.
+            self.model.to_empty(device="cpu")
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        if self.weights is not None and resume_from_checkpoint is None:
+            fill(prepared[0], self.weights)
+        return prepared
 
     def compute_loss(
         self,

@@ -197,6 +197,29 @@ def test_many_gpus_want_a_launcher(
         train(make_recipe())
 
 
+@pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_cannot_be_split_is_said_before_weights_are_read(
+    make_recipe: MakeRecipe, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    """Hazard: 8-bit moments and 4-bit weights come in blocks that a split tensor does not have."""
+    monkeypatch.setenv(launcher, "true")
+    frozen = {"mode": "frozen"}
+    recipe = make_recipe(
+        model__config=None,
+        model__tokenizer=None,
+        model__checkpoint=checkpoint,
+        model__quantize="nf4",
+        tune__language=frozen,
+        tune__visual_expert=frozen,
+        train__optimizer="paged_adamw_8bit",
+    )
+    with pytest.raises(RecipeError) as caught:
+        train(recipe)
+    for part in ("train.optimizer: paged_adamw_8bit", "model.quantize: FSDP2", "ddp.yaml"):
+        assert part in str(caught.value)
+    assert not recipe.train.output.exists()
+
+
 def test_a_sharded_snapshot_wants_its_launcher(make_recipe: MakeRecipe) -> None:
     """Hazard: transformers ends with a ValueError, after the weights were loaded."""
     recipe = make_recipe()

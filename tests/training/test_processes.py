@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cogvlm_sft import Recipe, RecipeError, train
+from cogvlm_sft.checkpoint.load import build_model, build_processor, make_config, save_checkpoint
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.telemetry import read_metrics
 
@@ -169,6 +172,36 @@ def test_sharded_equals_one_process_and_resumes(
             train(recipe("sharded", 4))
     run(command(recipe("sharded", 2 // afterwards), tmp_path, "second", afterwards, kind))
     assert_equal_to_whole()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_split_model_never_stands_whole(
+    make_recipe: MakeRecipe, tiny: dict[str, Any], world: Path, tmp_path: Path
+) -> None:
+    """Hazard: accelerate has every process, or at best one, hold what FSDP2 then splits."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
+    config = make_config({**tiny, **sizes})
+    folder = tmp_path / "checkpoint"
+    model = build_model({**tiny, **sizes})
+    save_checkpoint(model, build_processor(config, world / "tokenizer"), folder)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    recipe = make_recipe(
+        model__config=None,
+        model__checkpoint=folder,
+        train__micro_batch_size=1,
+        train__output=tmp_path / "split",
+    )
+    arguments = command(recipe, tmp_path, "split", 2, "fsdp2")
+    arguments[-3:] = [str(SHARDED.with_name("split_memory.py")), arguments[-1]]
+    done = subprocess.run(
+        arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+    rows = [line.split() for line in done.stdout.splitlines() if re.fullmatch(r"\d+ \d+", line)]
+    assert len(rows) == 2, done.stderr
+    for peak, part in ((int(one), int(other)) for one, other in rows):
+        assert part < 0.51 * whole
+        assert peak < 0.85 * whole, "as much as the whole model"
 
 
 @pytest.mark.slow

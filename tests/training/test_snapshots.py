@@ -188,10 +188,11 @@ def saved(make_recipe: MakeRecipe) -> Path:
 
 
 def test_training_goes_on_from_the_snapshot_before_a_damaged_one(
-    stopped: Recipe, unbroken: dict[str, torch.Tensor]
+    stopped: Recipe, unbroken: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     remove("optimizer.pt")(snapshots.snapshot_folder(stopped.train.output, 7))
     assert_same(final(stopped), unbroken)
+    assert "going on from step-00000004" in capsys.readouterr().out
 
 
 def test_a_half_written_snapshot_is_never_found(
@@ -337,6 +338,49 @@ def test_loading_weights_is_strict(tiny: dict[str, object], tmp_path: Path) -> N
     write({**state, "model.norm.weight": torch.zeros(32)})
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*\(32,\).*\(64,\)"):
         snapshots.load_weights(model, folder)
+
+
+def test_a_resume_is_strict(stopped: Recipe) -> None:
+    """Hazard: transformers' own would go on with a fresh norm."""
+    folder = snapshots.snapshot_folder(stopped.train.output, 7)
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    del state["model.norm.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    manifest = json.loads((folder / snapshots.MANIFEST).read_text())
+    manifest["files"]["model.safetensors"] = file.stat().st_size
+    (folder / snapshots.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"missing.*model\.norm\.weight"):
+        train(stopped)
+
+
+def test_figures_of_a_resumed_run_are_those_of_an_unbroken_one(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hazard: transformers' final loss is another one, and a killed run leaves rows behind.
+
+    Logged every four steps, saved every three, stopped after the eighth; the last one is damaged.
+    """
+
+    def recipe(name: str) -> Recipe:
+        return make_recipe(
+            train__output=tmp_path / name,
+            train__iterations=9,
+            train__save_every=3,
+            train__log_every=4,
+        )
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
+        stop_after(patch, 8)
+        train(recipe("broken"))
+    remove("optimizer.pt")(snapshots.snapshot_folder(tmp_path / "broken", 8))
+    results = [train(recipe(name)) for name in ("broken", "whole")]
+    one, other = (
+        [(row["step"], row["loss"]) for row in read_metrics(result.output / "metrics.jsonl")]
+        for result in results
+    )
+    assert one == other
+    assert results[0].final_loss == results[1].final_loss
 
 
 def test_other_settings_do_not_resume(stopped: Recipe, make_recipe: MakeRecipe) -> None:

@@ -1,8 +1,11 @@
 """What the trainer adds to TRL's: rates, fp32 weights, the global batch, the order of the data."""
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from cogvlm_sft.recipe import recipe_from_dict
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.optimization import hold_trainable_in_fp32, rate_schedule
 from cogvlm_sft.training.telemetry import read_metrics
+from cogvlm_sft.training.trainer import CogVLMTrainer
 from cogvlm_sft.tune import group_of, set_trainable
 
 MakeRecipe = Callable[..., Recipe]
@@ -89,7 +93,11 @@ def test_groups_land_in_the_optimizer(make_recipe: MakeRecipe) -> None:
     assert all(group["betas"] == (0.9, 0.95) or group["betas"] == [0.9, 0.95] for group in groups)
 
 
-def test_first_step_trains_and_cosine_ends_at_zero() -> None:
+def test_first_step_trains_and_cosine_ends_at_zero(make_recipe: MakeRecipe) -> None:
+    output = train(make_recipe()).output
+    rates = [row["learning_rate"] for row in read_metrics(output / "metrics.jsonl")]
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    assert rates == pytest.approx([1e-3 * share for share in (0.5, 1.0, *cosine)])
     factor = rate_schedule("cosine", 50, 8000)
     assert factor(0) == pytest.approx(1 / 50)
     assert factor(49) == 1.0 and factor(50) == 1.0
@@ -196,18 +204,16 @@ def test_every_step_holds_the_global_batch(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """22 conversations, batch 4: stock Trainer would give the sixth step two of them."""
-    from cogvlm_sft.data.collator import CogVLMCollator
+    conversations: Counter[int] = Counter()
+    training_step = CogVLMTrainer.training_step
 
-    sizes: list[int] = []
-    collate = CogVLMCollator.__call__
+    def count(self: CogVLMTrainer, model: Any, inputs: Any, *rest: Any) -> Any:
+        conversations[self.state.global_step] += len(inputs["input_ids"])
+        return training_step(self, model, inputs, *rest)
 
-    def counting(self: CogVLMCollator, items: list[dict[str, object]]) -> object:
-        sizes.append(len(items))
-        return collate(self, items)
-
-    monkeypatch.setattr(CogVLMCollator, "__call__", counting)
+    monkeypatch.setattr(CogVLMTrainer, "training_step", count)
     train(make_recipe(train__iterations=8))
-    assert sizes == [2] * 16
+    assert conversations == {step: 4 for step in range(8)}
 
 
 def test_gradient_checkpointing_gives_the_same_weights(

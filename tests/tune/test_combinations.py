@@ -145,6 +145,11 @@ def test_two_groups_with_their_own_rank_scale_and_dropout(make_recipe: MakeRecip
             {"model__checkpoint": None, "model__config": {}, "model__tokenizer": "t"},
             "random weights, which an adapter does not hold",
         ),
+        (
+            {"tune__visual_expert": {"mode": "full"}, "model__quantize": "nf4"},
+            "in 4 bits, which take no gradient",
+        ),
+        ({"tune__embeddings": {"mode": "lora"}}, "low-rank factors are for linears inside"),
         ({"model__quantize": "int4"}, r"model\.quantize\.type is 'int4'.*expected 'nf4'"),
         ({"model__quantize": {"groups": ["embeddings"]}}, "expected 'language', 'visual_expert'"),
         ({"model__quantize": {"groups": []}}, "1 item"),
