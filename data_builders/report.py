@@ -20,13 +20,14 @@ from data_builders.image_check import ImageFacts
 from data_builders.mix import Ledger
 from data_builders.report_charts import by_count, histogram, ranking, size_grid
 from data_builders.report_words import explain, explain_kind, explain_repair
-from data_builders.thumbnail import thumbnail
+from data_builders.thumbnail import boxes_in, thumbnail
 from data_builders.token_count import counter_of
 
 SAMPLES = 24
 READ = 20_000
 _TWINS = 8
 _TURNS = 6
+_BOXES = 12
 _TEXT = 700
 _COLOURS = ("#2b6cb0", "#b7622c", "#3d8361", "#7c5295", "#94791f", "#4f6272", "#a8434f", "#2c8c89",
             "#8a6d5a", "#5d6bb5")  # fmt: skip
@@ -221,6 +222,7 @@ def _samples(ledger: Ledger, records: Any, root: Path) -> list[dict[str, Any]]:
             turns = [
                 (m["role"], _short(strip_marker(m["content"]), _TEXT)) for m in line["messages"]
             ]
+            boxes = boxes_in([m["content"] for m in line["messages"]])[:_BOXES]
             samples.append(
                 {
                     "id": line["id"],
@@ -228,7 +230,9 @@ def _samples(ledger: Ledger, records: Any, root: Path) -> list[dict[str, Any]]:
                     "place": place,
                     "turns": turns[:_TURNS],
                     "more": len(turns[_TURNS:]),
-                    "pictures": [p for p in (thumbnail(root / i) for i in line["images"][:2]) if p],
+                    "pictures": list(
+                        filter(None, (thumbnail(root / i, boxes) for i in line["images"][:2]))
+                    ),
                 }
             )
     return samples
@@ -255,6 +259,7 @@ def _twins(
                     {
                         "kept": side == 0,
                         "name": ledger.pictures[numbers[side]],
+                        "size": f"{facts[numbers[side]].width} by {facts[numbers[side]].height}",
                         "picture": thumbnail(root / ledger.pictures[numbers[side]]),
                         "source": ledger.sources[int(ledger.columns["source"][pair[side]])],
                     }

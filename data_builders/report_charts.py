@@ -18,7 +18,7 @@ def ranking(counts: Counter[str], total: int) -> list[tuple[str, str, float]]:
     return [
         (
             text if len(text) <= 60 else text[:60] + "…",
-            f"{100 * n / max(1, total):.1f} %",
+            f"{100 * n / total:.1f} %" if n * 1000 >= total else "<0.1 %",
             round(100 * n / most[0][1], 1),
         )
         for text, n in most

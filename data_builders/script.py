@@ -71,6 +71,12 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
         metavar="PATH",
         help="lists of held-out picture ids, or folders of held-out pictures; theirs are dropped",
     )
+    parser.add_argument(
+        "--near",
+        type=int,
+        metavar="BITS",
+        help="also drop the same words about pictures whose hashes differ in so few bits, such as 4",
+    )
     parser.add_argument("--keep-duplicates", action="store_true", help="keep what is in already")
     parser.add_argument("--no-clean", action="store_true", help="without the set's own clean rules")
     for key, option in source.Options.model_fields.items():
@@ -101,7 +107,8 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
             "out": given.out, "seed": given.seed, "workers": given.workers,
             "shard_size": given.shard_size, "image_root": given.image_root,
             "images": {"check": not given.no_image_check, "min_side": given.min_side},
-            "deduplicate": not given.keep_duplicates, "sources": [entry],
+            "deduplicate": {"text": not given.keep_duplicates, "near": given.near},
+            "sources": [entry],
             "decontaminate": {"against": given.against},
         }  # fmt: skip
         print(build_recipe(parse_recipe(content, "command line")).summary())

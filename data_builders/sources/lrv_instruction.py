@@ -170,13 +170,14 @@ class LrvInstruction(Source):
         if isinstance(draft, str):
             return draft
         turns = draft.turns
-        if "mention" in turns[1] and _NO_MENTION.search(turns[1]):
+        rewritten = "mention" in turns[1] and _NO_MENTION.search(turns[1])
+        if rewritten:
             turns[1] = _NO_MENTION.sub(_no, turns[1])
-            notes["no_mention_rewritten"] += 1
         if _OF_THE_PROMPT.search(turns[1]):
             return "answer_speaks_of_the_prompt"
         if any((":" in text or "=" in text) and _COORDINATES.search(text) for text in turns):
             return "coordinates_left_over"
+        notes["no_mention_rewritten"] += bool(rewritten)
         return draft
 
 

@@ -1,10 +1,15 @@
 """The report, looked at in a browser as a person would."""
 
+import base64
+import io
+import re
+
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cogvlm_sft.errors import DataError
+from data_builders.thumbnail import boxes_in
 
 
 @pytest.fixture
@@ -109,3 +114,16 @@ def test_lengths_in_tokens(built, page, tmp_path):
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(DataError, match=r"broken\.json: cannot be read"):
         built(tokenizer=str(tmp_path / "broken.json"))
+
+
+def test_boxes_are_drawn_on_the_samples(root, run, write_json):
+    Image.new("RGB", (200, 100), "black").save(root / "1.png")
+    says = "A dog [[100,200,500,800;600,000,999,999]] and a cat [[100,200,500,800]] at [[1,2,3,4]]"
+    assert boxes_in([says, "no box"]) == [(100, 200, 500, 800), (600, 0, 999, 999)]
+    path = write_json("q.json", [{"image": "1.png", "question": "Where?", "answer": says}])
+    _, _, result = run("custom_vqa", [path])
+    (shown,) = re.findall(r"base64,([^\"]+)", (result.out / "report.html").read_text())
+    image = Image.open(io.BytesIO(base64.b64decode(shown)))
+    bright = [[sum(image.getpixel((x, y))) > 150 for x in range(200)] for y in range(100)]
+    assert bright[50][20] and bright[50][99] and bright[20][60] and bright[79][60]
+    assert bright[50][121] and bright[50][198] and not bright[50][60] and not bright[50][110]
