@@ -75,7 +75,7 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
         "--near",
         type=int,
         metavar="BITS",
-        help="also drop the same words about pictures whose hashes differ in so few bits, such as 4",
+        help="also drop the same words about pictures whose hashes differ in so few bits: 4",
     )
     parser.add_argument("--keep-duplicates", action="store_true", help="keep what is in already")
     parser.add_argument("--no-clean", action="store_true", help="without the set's own clean rules")
