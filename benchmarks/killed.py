@@ -20,7 +20,7 @@ from pathlib import Path
 from cogvlm_sft.demo.corpus import Sizes, make_corpus
 from cogvlm_sft.demo.run import HOME, training_texts
 from cogvlm_sft.demo.tokenizer import train_tokenizer
-from cogvlm_sft.recipe_files import packaged_recipes
+from cogvlm_sft.recipe.files import packaged_recipes
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.telemetry import read_metrics
 

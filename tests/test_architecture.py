@@ -14,8 +14,6 @@ FLOORS = [
     ["cogvlm_sft.model", "cogvlm_sft.errors", "cogvlm_sft.allocator"],
     [
         "cogvlm_sft.conversation",
-        "cogvlm_sft.recipe_mistakes",
-        "cogvlm_sft.recipe_files",
         "cogvlm_sft.recipe",
         "cogvlm_sft.tune",
     ],

@@ -1,4 +1,4 @@
-"""`cogvlm-sft recipe`: list, show, copy, check."""
+"""`cogvlm-sft recipe`: list, show, copy, check, keys."""
 
 import argparse
 from pathlib import Path
@@ -34,10 +34,20 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "cogvlm-sft recipe check my_chat.yaml",
     )
     recipe_arguments(check)
+    keys = add_command(
+        kinds,
+        "keys",
+        _recipe_keys,
+        "every key of a training recipe: values, default, meaning",
+        "cogvlm-sft recipe keys train",
+    )
+    keys.add_argument(
+        "prefix", nargs="?", default="", help="only those below, such as tune.adapter"
+    )
 
 
 def _recipe_list(arguments: argparse.Namespace) -> int:
-    from cogvlm_sft.recipe_files import list_recipes
+    from cogvlm_sft.recipe.files import list_recipes
 
     for name, title in list_recipes():
         print(f"{name:24} {title}")
@@ -45,14 +55,14 @@ def _recipe_list(arguments: argparse.Namespace) -> int:
 
 
 def _recipe_show(arguments: argparse.Namespace) -> int:
-    from cogvlm_sft.recipe_files import find_recipe
+    from cogvlm_sft.recipe.files import find_recipe
 
     print(find_recipe(arguments.recipe).read_text(encoding="utf-8"), end="")
     return 0
 
 
 def _recipe_copy(arguments: argparse.Namespace) -> int:
-    from cogvlm_sft.recipe_files import copy_recipe
+    from cogvlm_sft.recipe.files import copy_recipe
 
     print(f"copied to {copy_recipe(arguments.recipe, arguments.destination)}")
     return 0
@@ -63,4 +73,12 @@ def _recipe_check(arguments: argparse.Namespace) -> int:
 
     load_recipe(arguments.recipe, arguments.overrides)
     print(f"{arguments.recipe}: every key is known and every value fits")
+    return 0
+
+
+def _recipe_keys(arguments: argparse.Namespace) -> int:
+    from cogvlm_sft.recipe.keys import recipe_keys
+
+    for key in recipe_keys(arguments.prefix):
+        print(key)
     return 0

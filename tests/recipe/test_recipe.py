@@ -7,7 +7,7 @@ import yaml
 
 from cogvlm_sft.errors import RecipeError
 from cogvlm_sft.recipe import load_recipe, recipe_from_dict
-from cogvlm_sft.recipe_files import copy_recipe, list_recipes, training_recipes
+from cogvlm_sft.recipe.files import copy_recipe, list_recipes, training_recipes
 
 SMALL = """
 model: {checkpoint: here}

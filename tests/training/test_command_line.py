@@ -138,6 +138,7 @@ COMMANDS = [
     "recipe show",
     "recipe copy",
     "recipe check",
+    "recipe keys",
 ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from cogvlm_sft.errors import RecipeError
-from cogvlm_sft.recipe_mistakes import describe
+from cogvlm_sft.recipe.mistakes import describe
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -89,7 +89,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _recipes_folder() -> Path:
     """`_recipes` inside an installed package, `recipes/` beside it in a checkout."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     installed = here / "_recipes"
     return installed if installed.is_dir() else here.parent / "recipes"
 
