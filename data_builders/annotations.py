@@ -9,7 +9,6 @@ word.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -134,16 +133,19 @@ def read_json(path: Path) -> Any:
     return decode(path, raw[skipped:], skipped)[0]
 
 
-def read_head(path: Path, key: str) -> Any:
+def read_head(path: Path, key: str, whole: bool = False) -> Any:
     """A top-level text or number of an object; None if it is not there.
 
-    It is looked for up to the first array, which costs nothing, and only then behind it.
+    Args:
+        path: The file.
+        key: Its key.
+        whole: Whether to look behind the first array too, which takes as long as reading it.
 
     Raises:
         DataError: The file is missing or broken.
     """
 
-    def found(stream: Any, whole: bool) -> Iterator[Any]:
+    def found(stream: Any) -> Iterator[Any]:
         for prefix, event, value in ijson.parse(stream, use_float=True):
             if event == "start_array" and not whole:
                 return
@@ -153,11 +155,7 @@ def read_head(path: Path, key: str) -> Any:
     def of(pairs: WholePairs) -> list[Any]:
         return [value for name, value in pairs if name == key]
 
-    for whole in (False, True):
-        value = next(_streamed(path, partial(found, whole=whole), of), None)
-        if value is not None:
-            return value
-    return None
+    return next(_streamed(path, found, of), None)
 
 
 def _skip_space(stream: BinaryIO) -> int:

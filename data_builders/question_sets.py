@@ -2,8 +2,8 @@
 
 Notable choices: the questions wait in memory and the answers stream past them; what finds no
 partner on either side, an id that occurs twice among the questions, and a pair whose halves name
-different pictures are records too, dropped by name. The split is read from the answer file (its
-`data_subtype` and its name; the one that is held out counts where they differ), and decides the
+different pictures are records too, dropped by name. The split is read from both files, from their
+`data_subtype` and their names; where these differ the one that is held out counts. It decides the
 pictures' names. Question files, which say so in their names, may stand among the answer files.
 """
 
@@ -71,9 +71,10 @@ class JoinedVqa(Source):
 
     def batches(self, finder: ImageFinder) -> Iterator[Batch]:
         """Answers, each with its question; then the questions that found no answer."""
-        asked: dict[str, tuple[Any, Any]] = {}
+        asked: dict[str, tuple[Any, Any, str]] = {}
         left: list[dict[str, Any]] = []
         for path in self._questions():
+            split = self._split(path)
             for batch in read_records(path, ("questions",)):
                 for record in batch.records:
                     key = _question_id(record)
@@ -82,7 +83,7 @@ class JoinedVqa(Source):
                     elif key in asked:
                         left.append({"problem": "duplicate_question_id", "question": record})
                     else:
-                        asked[key] = record.get("question"), record.get("image_id")
+                        asked[key] = record.get("question"), record.get("image_id"), split
         answered: set[str] = set()
         for path in self._answers():
             split = self._split(path)
@@ -90,21 +91,22 @@ class JoinedVqa(Source):
                 rows = []
                 for answer in batch.records:
                     key = _question_id(answer)
-                    row = {"answer": answer, "split": split}
+                    row: dict[str, Any] = {"answer": answer, "split": split or "train2014"}
                     if key is not None and key in asked:
                         answered.add(key)
-                        row["question"], row["asked_about"] = asked[key]
+                        row["question"], row["asked_about"], other = asked[key]
+                        row["split"] = _stricter(split, other) or "train2014"
                     else:
                         row["problem"] = "annotation_without_question"
                     if not isinstance(answer, dict):
                         row["problem"] = "record_not_an_object"
                     else:
-                        row["image"] = self.picture(answer.get("image_id"), split, finder)
+                        row["image"] = self.picture(answer.get("image_id"), row["split"], finder)
                     rows.append(row)
                 yield Batch(batch.file, batch.start, rows)
         left += [
             {"problem": "question_without_annotation", "question": question, "question_id": key}
-            for key, (question, _) in asked.items()
+            for key, (question, _, _) in asked.items()
             if key not in answered
         ]
         for start in range(0, len(left), ROWS):
@@ -149,10 +151,16 @@ class JoinedVqa(Source):
         return {}
 
     def _split(self, path: Path) -> str:
-        told = read_head(path, "data_subtype")
-        given = [told] if isinstance(told, str) and split_named(told) else []
-        given += _SPLIT.findall(path.name)
-        return max(given, key=lambda word: split_named(word) != "train", default="train2014")
+        """The split that a file tells, such as `val2014`; empty where it tells none."""
+        given = _SPLIT.findall(path.name)
+        told = read_head(path, "data_subtype", whole=not given)
+        given += [told] if isinstance(told, str) and split_named(told) else []
+        return _stricter(*given)
+
+
+def _stricter(*splits: str) -> str:
+    """The one that is held out, if any is."""
+    return max(filter(None, splits), key=lambda word: split_named(word) != "train", default="")
 
 
 def _question_id(record: Any) -> str | None:

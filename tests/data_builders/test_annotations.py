@@ -180,8 +180,9 @@ def test_a_value_at_the_head_or_behind_the_arrays(tmp_path):
     path.write_text('{"data_subtype": "val2014", "annotations": [1]}')
     assert read_head(path, "data_subtype") == "val2014"
     path.write_text('{"annotations": [{"data_subtype": "no"}, NaN], "data_subtype": "val2014"}')
-    assert read_head(path, "data_subtype") == "val2014"
-    assert read_head(path, "other") is None
+    assert read_head(path, "data_subtype") is None
+    assert read_head(path, "data_subtype", whole=True) == "val2014"
+    assert read_head(path, "other", whole=True) is None
 
 
 def test_mapping(tmp_path):

@@ -54,6 +54,32 @@ def test_two_file_sets(source, root, run, write_json, picture):
         run(source, [held], questions=[str(q)])
 
 
+def test_either_file_may_tell_that_its_records_are_held_out(root, run, write_json, picture):
+    picture(root / "COCO_train2014_000000000009.jpg", 1)
+    questions = {"questions": [{"image_id": 9, "question": "q", "question_id": 1}]}
+    answers = {
+        "annotations": [{"image_id": 9, "question_id": 1, "multiple_choice_answer": "a"}, 1e3]
+    }
+    subtype = {"data_subtype": "val2014"}
+    cases = [
+        ("a.json", answers, "q_val2014_questions.json", questions),
+        ("a.json", answers, "questions.json", subtype | questions),
+        ("a.json", answers, "questions.json", questions | subtype),  # behind the array
+        ("a.json", answers | subtype, "questions.json", questions),
+        ("mscoco_val2014_annotations.json", {"data_subtype": "train2014"} | answers, "q.json",
+         questions),
+        ("mscoco_train2014_annotations.json", subtype | answers, "q.json", questions),
+    ]  # fmt: skip
+    for name, content, asking, asked in cases:
+        with pytest.raises(DataError, match="1 held_out_split, 1 record_not_an_object"):
+            run("vqav2", [write_json(name, content)], questions=str(write_json(asking, asked)))
+    paths = [write_json("a.json", answers), write_json("Questions.json", questions)]
+    _, built, _ = run("vqav2", paths)  # told apart by their names; neither says that it is held out
+    assert pairs(built) == [("COCO_train2014_000000000009.jpg", "<image>\nq", "a")]
+    with pytest.raises(DataError, match="no answers given"):
+        run("vqav2", paths[1:])
+
+
 def test_joined_records_that_contradict_each_other(root, run, write_json, picture):
     picture(root / "COCO_train2014_000000000009.jpg", 1)
     questions = {"data_subtype": "train2014", "questions": [
