@@ -195,7 +195,7 @@ def human_answers(answers: Any) -> list[str]:
     if type(answers) is not list:
         return []
     texts = [text_of(a.get("answer") if type(a) is dict else a) for a in answers]
-    return [text for text in texts if text and text.strip()]
+    return [text.strip() for text in texts if text and text.strip()]
 
 
 def choose(requests: Sequence[str], text: str) -> str:
