@@ -45,7 +45,7 @@ def picture_key(name: str) -> str:
     if dot > 0:
         stem = stem[:dot]
     coco = _COCO.match(stem)
-    return coco.group(1) if coco else stem.lower()
+    return coco.group(1) if coco else _folded(stem)
 
 
 def unsafe(name: str) -> bool:
@@ -192,10 +192,15 @@ class ImageFinder:
 
 
 def _stem(path: str) -> str:
-    """A path without its extension, in lower case, its accents composed (macOS splits them)."""
+    """A path without its extension, in one spelling."""
     dot = path.rfind(".")
-    stem = (path[:dot] if dot > path.rfind("/") + 1 else path).lower()
-    return stem if stem.isascii() else unicodedata.normalize("NFC", stem)
+    return _folded(path[:dot] if dot > path.rfind("/") + 1 else path)
+
+
+def _folded(name: str) -> str:
+    """Lower case, accents composed: Windows ignores the one and macOS splits the other."""
+    low = name.lower()
+    return low if low.isascii() else unicodedata.normalize("NFC", low)
 
 
 def _choose(candidates: list[str], parts: list[str]) -> str | None:

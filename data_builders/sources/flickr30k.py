@@ -77,6 +77,11 @@ class Flickr30k(CaptionSource):
                     continue
                 match = _TOKEN.fullmatch(line) or _PIPES.fullmatch(line)
                 row: dict[str, Any] = {"split": "train", "split_unknown": not lists.known}
+                if match is None and not raw.endswith(b"\n"):
+                    raise DataError(
+                        f"{path}:{number}: the file ends at byte {stream.tell()} inside this line; "
+                        "it is truncated: fetch it again"
+                    )
                 if match is None:  # Kaggle's copy has one: 2199200615.jpg, its fifth sentence
                     yield row | {"problem": "line_malformed", "record": f"line {number}: {line}"}
                     continue

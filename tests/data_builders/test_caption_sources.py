@@ -155,6 +155,9 @@ def test_flickr30k_in_its_original_file(name, text, root, run, tmp_path, picture
     assert "split_unknown" not in report["repaired"]
     report, built, _ = run("flickr30k", [path, *lists[:2]])  # without train.txt the rest trains
     assert len(built) == 3 and report["dropped"]["held_out_split"] == 1
+    path.write_text(text + "\n10002456")
+    with pytest.raises(DataError, match=rf"the file ends at byte {len(path.read_bytes())} inside"):
+        run("flickr30k", [path])
     path.write_bytes(text.encode() + b"\n\xff")
     with pytest.raises(DataError, match=rf"not UTF-8 at byte {len(text.encode()) + 1}"):
         run("flickr30k", [path])

@@ -57,6 +57,20 @@ def test_what_a_name_means(files, name, found):
         assert (path or reason) == found
 
 
+def test_names_as_other_systems_write_them(tmp_path, picture):
+    """macOS unpacks accents in two parts; a table may hold blanks; a parent folder may be named."""
+    picture(tmp_path / "set" / "images" / "cafe\u0301.jpg", 1)
+    picture(tmp_path / "set" / "train" / "7.jpg", 2)
+    picture(tmp_path / "set" / "val" / "7.jpg", 3)
+    finder = ImageFinder(tmp_path, [tmp_path])
+    for name in ("images/caf\u00e9.jpg", " set/images/cafe\u0301.png ", "caf\u00e9.jpg"):
+        assert finder.find(name) == ("set/images/cafe\u0301.jpg", "")
+    assert finder.find("train/7.jpg") == ("set/train/7.jpg", "")
+    assert finder.find("7.jpg") == (None, "image_ambiguous")
+    assert finder.find("test/7.jpg") == (None, "image_missing")
+    assert finder.find(" ../7.jpg") == (None, "image_path_unsafe")
+
+
 def test_two_folders_with_the_same_names(files):
     finder = ImageFinder(files, [files / "a" / "images", files / "b" / "images"])
     assert finder.find("b/images/1.jpg")[0] == "b/images/1.jpg"
