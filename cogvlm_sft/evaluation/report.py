@@ -31,19 +31,27 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 p.under { color: #5b6672; margin: .2rem 0 1rem; }
 table { border-collapse: collapse; } td, th { padding: .3rem .9rem .3rem 0; text-align: left;
        vertical-align: top; border-bottom: 1px solid #e4e4de; }
+.wide { overflow-x: auto; }
 th { font-weight: 600; color: #5b6672; } td.number { font-variant-numeric: tabular-nums;
        text-align: right; white-space: nowrap; }
-dl { display: grid; grid-template-columns: 9rem 1fr; gap: .2rem .8rem; margin: .5rem 0; }
+dl { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .2rem .8rem; margin: .5rem 0;
+     overflow-wrap: anywhere; }
+a { color: #1f5673; }
 dt { color: #5b6672; } dd { margin: 0; }
 .bar { position: relative; width: 12rem; height: .6rem; background: #ececE6; border-radius: 3px;
        margin-top: .45rem; }
 .bar i { position: absolute; top: 0; bottom: 0; background: #a9c6d8; border-radius: 3px; }
 .bar b { position: absolute; top: -.15rem; bottom: -.15rem; width: 2px; background: #1f5673; }
-.cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1rem; }
+.cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr));
+         gap: 1rem; }
+summary { font-weight: 600; cursor: pointer; margin: 1.5rem 0 .5rem; }
 .case { background: #fff; border: 1px solid #e4e4de; border-radius: 6px; padding: .7rem;
         overflow-wrap: anywhere; }
 .case img { max-width: 100%; display: block; margin: 0 auto .5rem; image-rendering: auto; }
-.case small { color: #5b6672; } .model { color: PREDICTED; } .truth { color: TRUE; }
+.case small { color: #5b6672; }
+@media (max-width: 600px) { body { padding: 1rem; } dl { grid-template-columns: minmax(0, 1fr); }
+  dd { margin-bottom: .4rem; } .bar { width: 5rem; } }
+.model { color: PREDICTED; } .truth { color: TRUE; }
 """.replace("PREDICTED", "#b8401f").replace("TRUE", "#0b7a78")
 
 
@@ -66,7 +74,9 @@ def write_report(folder: Path, reports: Sequence[dict[str, Any]]) -> Path:
 def page(reports: Sequence[dict[str, Any]]) -> str:
     """The HTML of `write_report`."""
     names = ", ".join(report["title"] for report in reports)
-    body = "".join(_section(report) for report in reports)
+    several = len(reports) > 1
+    body = _overview(reports) if several else ""
+    body += "".join(_section(report, n, folded=several) for n, report in enumerate(reports))
     checkpoint = html.escape(str(reports[0].get("checkpoint") or "a model in memory"))
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -76,10 +86,28 @@ def page(reports: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _section(report: dict[str, Any]) -> str:
+def _overview(reports: Sequence[dict[str, Any]]) -> str:
+    """The first figure of each task, for a page of several."""
+    rows = []
+    for number, report in enumerate(reports):
+        link = f'<a href="#task-{number}">{html.escape(report["title"])}</a>'
+        for figure in report["figures"][:1] or [None]:
+            rows.append(
+                f"<tr><td>{link}</td><td class=number>{report['count']:,}</td>"
+                + (_value(figure) if figure else "<td colspan=4>no score</td>")
+                + "</tr>"
+            )
+    head = "<th>task</th><th>questions</th><th>figure</th><th>ours</th><th>95 % interval</th><th>"
+    return f"<div class=wide><table><tr>{head}</th></tr>{''.join(rows)}</table></div>"
+
+
+def _section(report: dict[str, Any], number: int, *, folded: bool) -> str:
     title = html.escape(report["title"])
-    limit = f", only the first {report['limit']}" if report.get("limit") else ""
-    parts = [f"<h2>{title}</h2><p class=under>{report['count']:,} questions{limit}</p>"]
+    first = "the first " if report.get("limit") else ""
+    parts = [
+        f'<h2 id="task-{number}">{title}</h2>'
+        f"<p class=under>{first}{report['count']:,} questions</p>"
+    ]
     if report["figures"]:
         parts.append(_figures(report["figures"]))
     else:
@@ -89,7 +117,7 @@ def _section(report: dict[str, Any]) -> str:
         )
     parts += [f"<p class=under>{html.escape(note)}</p>" for note in report["notes"]]
     if report["published"]:
-        parts.append(_published(report["published"]))
+        parts.append(_published(report["published"], report["figures"]))
     parts.append("<h3>How it was asked</h3><dl>")
     for label in ("prompt", "decoding", "weights", "post_processing", "metric"):
         parts.append(f"<dt>{label.replace('_', '-')}</dt><dd>{html.escape(report[label])}</dd>")
@@ -97,40 +125,51 @@ def _section(report: dict[str, Any]) -> str:
     parts.append(f"<dt>annotations</dt><dd>{files}</dd></dl>")
     if report["worst"]:
         cases = "".join(_case(row) for row in report["worst"])
-        parts.append(f"<h3>Worst cases</h3><div class=cases>{cases}</div>")
+        opened = "" if folded else " open"
+        parts.append(
+            f"<details{opened}><summary>Worst cases</summary>"
+            f"<div class=cases>{cases}</div></details>"
+        )
     return "".join(parts)
 
 
 def _figures(figures: Sequence[dict[str, Any]]) -> str:
-    rows = []
-    for figure in figures:
-        low, high = figure["interval"]
-        value = figure["value"]
-        bar = ""
-        if 0 <= value <= 100 and high <= 100:
-            bar = (
-                f'<div class=bar><i style="left:{low:.1f}%;width:{max(0.0, high - low):.1f}%"></i>'
-                f'<b style="left:{value:.1f}%"></b></div>'
-            )
-        rows.append(
-            f"<tr><td>{html.escape(figure['name'])}</td><td class=number>{value:.2f}</td>"
-            f"<td class=number>{low:.2f} to {high:.2f}</td><td>{bar}</td></tr>"
-        )
+    rows = "".join(f"<tr>{_value(figure)}</tr>" for figure in figures)
     head = "<tr><th>figure</th><th>ours</th><th>95 % interval</th><th></th></tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
+    return f"<div class=wide><table>{head}{rows}</table></div>"
 
 
-def _published(figures: Sequence[dict[str, Any]]) -> str:
+def _value(figure: dict[str, Any]) -> str:
+    """Cells of a figure: its name, value, interval, and a bar where it is a share."""
+    low, high = figure["interval"]
+    value = figure["value"]
+    bar = ""
+    if 0 <= value <= 100 and high <= 100:
+        bar = (
+            f'<div class=bar><i style="left:{low:.1f}%;width:{max(0.0, high - low):.1f}%"></i>'
+            f'<b style="left:{value:.1f}%"></b></div>'
+        )
+    return (
+        f"<td>{html.escape(figure['name'])}</td><td class=number>{value:.2f}</td>"
+        f"<td class=number>{low:.2f} to {high:.2f}</td><td>{bar}</td>"
+    )
+
+
+def _published(figures: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> str:
+    values = {figure["name"]: f"{figure['value']:.2f}" for figure in ours}
     rows = "".join(
-        f"<tr><td>{html.escape(one['figure'])}</td><td class=number>{one['value']:.2f}</td>"
+        f"<tr><td>{html.escape(one['figure'])}</td>"
+        f"<td class=number>{values.get(one['figure'], '')}</td>"
+        f"<td class=number>{one['value']:.2f}</td>"
         f"<td>{html.escape(one['model'])}</td><td>{html.escape(one['source'])}</td>"
         f"<td>{html.escape(one['protocol'])}</td></tr>"
         for one in figures
     )
     head = (
-        "<tr><th>figure</th><th>published</th><th>model</th><th>source</th><th>protocol</th></tr>"
+        "<tr><th>figure</th><th>ours</th><th>published</th><th>model</th><th>source</th>"
+        "<th>protocol</th></tr>"
     )
-    return f"<h3>Published figures</h3><table>{head}{rows}</table>"
+    return f"<h3>Published figures</h3><div class=wide><table>{head}{rows}</table></div>"
 
 
 def _case(row: dict[str, Any]) -> str:

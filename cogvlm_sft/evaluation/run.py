@@ -11,6 +11,7 @@ import gc
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -193,7 +194,8 @@ def evaluate_model(
         }
         log = Predictions(Path(output), run, process=process)
         if process == 0 and log.prepare() and (there := len(log.known())):
-            print(f"{task}: going on, {there} of {len(questions)} answers are there")
+            # Not to stdout, where the report goes.
+            print(f"{task}: going on, {there} of {len(questions)} are there", file=sys.stderr)
     elif processes > 1:
         raise DataError("several processes share their answers through files; give an output")
     _wait(processes)

@@ -33,13 +33,15 @@ def test_a_score_in_4_bits_says_so_and_is_not_mixed_with_another(
              str(images), "--output", str(tmp_path / "out")]  # fmt: skip
     assert main(["evaluate", *given]) == 0
     assert main(["evaluate", *given, "--quantize", "nf4"]) == 0
-    assert "going on" not in capsys.readouterr().out
+    assert "going on" not in capsys.readouterr().err
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "linears in 4 bits (NF4), the rest in float32" in page
     evaluate_checkpoint(
         checkpoint, "exact_match", files, images, output=tmp_path / "out", quantize="nf4"
     )
-    assert "going on, 4 of 4" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "going on, 4 of 4" in said.err
+    assert not said.out  # where a program reads the report
 
 
 def test_an_adapter_without_its_weights_is_named(tmp_path: Path) -> None:

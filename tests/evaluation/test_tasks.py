@@ -83,9 +83,7 @@ def test_meteor_is_a_figure_where_java_is_and_a_note_where_it_is_not(
     questions = task.read(*make("nocaps", tmp_path))
     assert task.score is not None
     answers = ["a cat", "a dog"]
-    assert task.score(questions, answers).notes == [
-        "METEOR is not computed: METEOR needs Java."
-    ]  # fmt: skip
+    assert task.score(questions, answers).notes == ["METEOR needs Java; it is not computed."]
     counts = np.array([[6, 6, 3, 3, 2, 2, 3, 3, 1, 1, *[0] * 10, 1, 6, 6]] * 2)
     monkeypatch.setattr(captioning, "meteor_counts", lambda *_: counts)
     scores = task.score(questions, answers)

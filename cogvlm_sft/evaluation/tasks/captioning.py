@@ -122,7 +122,7 @@ def _score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
         rows = meteor_counts(predictions, references)
         figures.append(Figure("METEOR", lambda chosen: meteor(rows[chosen])))
     except DataError as error:
-        notes.append(f"METEOR is not computed: {error}.")
+        notes.append(f"{error}; it is not computed.")
     domains = [question.group for question in questions]
     for domain in sorted(set(domains) - {""}):
         figures.append(Figure(f"CIDEr, {domain}", mean_within(cider, domains, domain)))
