@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import ijson
-import orjson
 
 from cogvlm_sft.errors import DataError
 from data_builders.json_array import byte_of, decode, loads, read_array, why_of
@@ -77,16 +76,17 @@ def read_records(
     with path.open("rb") as stream:
         offset = _skip_space(stream)
         head = stream.read(1)
+        stream.seek(offset)
+        if _is_lines(path, stream, offset):
+            yield from _lines(path, stream, offset)
+            return
         if head == b"[":
+            stream.seek(offset + 1)
             for start, records, raw in read_array(path, stream, offset + 1, CHUNK):
                 yield Batch(path.name, start, records, raw)
             return
-        stream.seek(offset)
         if head == b"{":
-            if _is_lines(path, stream, offset):
-                yield from _lines(path, stream, offset)
-            else:
-                yield from _wrapped(path, wrappers, needed)
+            yield from _wrapped(path, wrappers, needed)
             return
     found = "nothing but white space" if not head else f"byte {head!r}"
     raise DataError(
@@ -168,15 +168,21 @@ def _skip_space(stream: BinaryIO) -> int:
 
 
 def _is_lines(path: Path, stream: BinaryIO, offset: int) -> bool:
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return True
+    """Whether every line is a record: by the file's name, else by its first two lines.
+
+    A file called so may still be an array; its first line then is no value, or there is no other.
+    """
     first = stream.readline(1 << 20)
     following = stream.read(256).lstrip()
     stream.seek(offset)
+    called = path.suffix.lower() in (".jsonl", ".ndjson")
     try:
-        return isinstance(orjson.loads(first), dict) and following.startswith(b"{")
-    except orjson.JSONDecodeError:
-        return False
+        value = loads(first)
+    except ValueError:
+        return called and first != b"" and not first.startswith(b"[")
+    if called:
+        return bool(following) or type(value) is not list
+    return type(value) is dict and following.startswith(b"{")
 
 
 def _lines(path: Path, stream: BinaryIO, offset: int) -> Iterator[Batch]:

@@ -175,6 +175,28 @@ def test_a_broken_object_names_its_byte(tmp_path):
         read_all(path, ("data",))
 
 
+@pytest.mark.parametrize(
+    "text, records",
+    [
+        ('null\n{"a": 1}\n', [None, {"a": 1}]),
+        ('["a"]\n{"a": 1}', [["a"], {"a": 1}]),
+        ('{"a": NaN2}', None),
+        ('[{"a": 1},\n {"a": 2}]', [{"a": 1}, {"a": 2}]),
+        ('[{"a": 1}]\n', [{"a": 1}]),
+        ('\r\n{"a": 1}\r\n\r\n"b"', [{"a": 1}, "b"]),
+        ('{"a": 1e400}\n{"a": 2}', [{"a": float("inf")}, {"a": 2}]),
+    ],
+)
+def test_lines_and_arrays_are_told_apart(text, records, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(text.encode())
+    if records is None:
+        with pytest.raises(DataError, match=r"a\.jsonl:1: not valid JSON at byte 9 "):
+            read_all(path)
+    else:
+        assert read_all(path) == records
+
+
 def test_a_value_at_the_head_or_behind_the_arrays(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"data_subtype": "val2014", "annotations": [1]}')
