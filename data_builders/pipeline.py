@@ -106,7 +106,14 @@ def run_pipeline(work: WorkFolder, recipe: BuildRecipe) -> dict[str, Any]:
 
 
 def _check_together(recipe: BuildRecipe) -> None:
-    """Settings that need each other, before anything is read."""
+    """Settings that need or forbid each other, before anything is read."""
+    classes = {entry.name: load_source(entry.source) for entry in recipe.sources}
+    refused = [f"{name} ({of.license})" for name, of in classes.items() if not of.commercial]
+    if recipe.commercial and refused:
+        raise RecipeError(
+            f"commercial: true, and the licences of {', '.join(refused)} forbid it; take these "
+            "sources out, or set commercial=false for research"
+        )
     compared = (
         ("deduplicate.near", recipe.deduplicate.near is not None),
         ("decontaminate.against", any(p.is_dir() for p in recipe.decontaminate.against)),

@@ -112,6 +112,8 @@ class BuildRecipe(Strict):
         shard_size: Conversations a file.
         workers: Processes for records and pictures; the result does not depend on it.
         engine: `local`, or `ray` for a Ray cluster (extra `ray`); nor does it depend on this.
+        commercial: Whether the build is for commercial use, which some licences forbid: their
+            sources are refused.
         tokenizer: A `tokenizer.json`, or a folder with one: the report counts tokens of answers
             instead of characters.
     """
@@ -123,6 +125,7 @@ class BuildRecipe(Strict):
     shard_size: int = Field(default=50_000, ge=1)
     workers: int = Field(default=2, ge=1, le=256)
     engine: Literal["local", "ray"] = "local"
+    commercial: bool = False
     tokenizer: Path | None = None
     images: ImageRules = ImageRules()
     deduplicate: Deduplicate = Deduplicate()

@@ -317,6 +317,10 @@ def test_a_foreign_folder_is_never_replaced(recipe, tmp_path):
         (["sources.1.name=llava_instruct"], "two sources are called 'llava_instruct'"),
         (["seed"], "an override reads key.sub=value"),
         (["images.check=false", "deduplicate.near=3"], "needs images.check: true"),
+        (
+            ["commercial=true", "sources.1.source=llavar"],
+            r"commercial: true, and the licences of llavar \(CC-BY-NC-4.0\) forbid it",
+        ),
     ],
 )
 def test_recipe_mistakes(overrides, complaint, recipe, tmp_path):
