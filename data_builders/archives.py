@@ -184,3 +184,10 @@ def _tar_members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
             if not member.isdir():
                 stream: Any = content.extractfile(member) if member.isreg() else None
                 yield member.name, stream
+        # tarfile takes a file that was cut between two members, or in its checksum, for a whole one
+        rest: Any = content.fileobj
+        rest.seek(content.offset)
+        if rest.read(512) != bytes(512):
+            raise tarfile.ReadError(f"no end mark at byte {content.offset} of what it unpacks to")
+        while rest.read(1 << 20):
+            pass

@@ -1,5 +1,6 @@
 """What comes from elsewhere does no harm: names that climb, archives, bombs, markup, formulas."""
 
+import gzip
 import io
 import json
 import os
@@ -123,6 +124,21 @@ def test_broken_archives_are_named(tmp_path):
     with pytest.raises(DataError, match=r"t\.tar\.gz: cannot be unpacked .*fetch it again"):
         unpack(tar)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.zip", "t.tar.gz"]
+
+
+@pytest.mark.parametrize("left", [1024, 2048, 2048 + 512])
+def test_a_tar_cut_between_its_members_is_not_taken_for_a_whole_one(left, tmp_path):
+    tar = make_tar(tmp_path / "t.tar", {"1.json": b"[]", "2.json": b"[]"})  # two blocks each
+    whole = gzip.decompress(tar.read_bytes())
+    tar.write_bytes(whole[:left])
+    with pytest.raises(DataError, match=r"t\.tar: cannot be unpacked .*(end mark|end of|empty)"):
+        unpack(tar)
+    tar.write_bytes(whole)
+    assert [p.name for p in sorted(unpack(tar)[0].glob("*.json"))] == ["1.json", "2.json"]
+    packed = tmp_path / "z.tar.gz"
+    packed.write_bytes(gzip.compress(whole)[:-6])  # its content is there, its checksum is not
+    with pytest.raises(DataError, match=r"z\.tar\.gz: cannot be unpacked"):
+        unpack(packed)
 
 
 def test_an_archive_bomb_is_stopped(tmp_path, monkeypatch):
