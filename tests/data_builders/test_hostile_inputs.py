@@ -134,7 +134,7 @@ def test_a_tar_cut_between_its_members_is_not_taken_for_a_whole_one(left, tmp_pa
     with pytest.raises(DataError, match=r"t\.tar: cannot be unpacked .*(end mark|end of|empty)"):
         unpack(tar)
     tar.write_bytes(whole)
-    assert [p.name for p in sorted(unpack(tar)[0].glob("*.json"))] == ["1.json", "2.json"]
+    assert [p.name for p in sorted(unpack(tar)[0].glob("[12].json"))] == ["1.json", "2.json"]
     packed = tmp_path / "z.tar.gz"
     packed.write_bytes(gzip.compress(whole)[:-6])  # its content is there, its checksum is not
     with pytest.raises(DataError, match=r"z\.tar\.gz: cannot be unpacked"):
