@@ -20,6 +20,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from cogvlm_sft.model.linear_cogvlm import linear
+
 Work = Callable[[], Any]
 
 
@@ -66,11 +68,14 @@ def interleave(ways: Mapping[str, Work], rounds: int, warm_up: int = 1) -> Times
     return times
 
 
-def matmul(size: int = 2048) -> Work:
-    """A square fp32 matrix product, 2 x size ** 3 operations."""
+def matmuls(size: int = 2048) -> dict[str, Work]:
+    """A square fp32 matrix product, 2 x size ** 3 operations, by torch and as our linears do it."""
     left, right = torch.randn(size, size), torch.randn(size, size)
     out = torch.empty(size, size)
-    return lambda: torch.mm(left, right, out=out)
+    return {
+        "torch.mm": lambda: torch.mm(left, right, out=out),
+        "our linear": lambda: linear(left, right),
+    }
 
 
 def conditions() -> dict[str, Any]:
