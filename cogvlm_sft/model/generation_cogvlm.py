@@ -16,6 +16,7 @@ from transformers.generation import GenerationMixin
 
 from cogvlm_sft.errors import ModelInputError
 
+from .cache_cogvlm import growing
 from .token_layout import build_position_ids, count_image_blocks
 
 
@@ -28,6 +29,14 @@ class CogVLMGenerationMixin(GenerationMixin):
         ids = model_kwargs.get("input_ids")
         shape = (inputs_tensor if ids is None or ids.shape[1] == 0 else ids).shape[:2]
         return torch.ones(shape, dtype=torch.long, device=inputs_tensor.device)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if given is None and model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"] = growing(model_kwargs["past_key_values"])
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]

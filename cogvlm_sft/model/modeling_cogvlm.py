@@ -32,6 +32,7 @@ from .attention_cogvlm import (
     CogVLMRotaryEmbedding,
     inverse_frequencies,
 )
+from .cache_cogvlm import growing
 from .configuration_cogvlm import CogVLMConfig
 from .expert_rows import gather_rows
 from .generation_cogvlm import CogVLMGenerationMixin
@@ -162,7 +163,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and segments is None
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = growing(DynamicCache(config=self.config))
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         mask = attention_mask if attention_mask is None or attention_mask.dim() == 2 else None
         if token_type_ids is None and not seen:
