@@ -11,7 +11,7 @@ Usage:
 """
 
 from data_builders.caption_sets import CaptionSource
-from data_builders.source import COCO_TRAIN2014, COCO_VAL2014, File
+from data_builders.published import COCO_TRAIN2014, COCO_VAL2014, File
 
 
 class CocoCaptions(CaptionSource):

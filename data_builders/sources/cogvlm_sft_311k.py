@@ -26,8 +26,9 @@ from cogvlm_sft.errors import DataError
 from data_builders.annotations import Batch, read_json
 from data_builders.clean import choose, dialogue, rounds
 from data_builders.images import ImageFinder
+from data_builders.published import File, Folder
 from data_builders.recipe import SourceEntry, Strict
-from data_builders.source import Draft, File, Folder, Source
+from data_builders.source import Draft, Source
 
 _ROWS = 500
 _HAN = re.compile("[\u4e00-\u9fff]")

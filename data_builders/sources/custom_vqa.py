@@ -31,7 +31,8 @@ from cogvlm_sft.errors import DataError
 from data_builders.annotations import ROWS, Batch, read_records
 from data_builders.clean import dialogue, human_answers, majority, rounds, text_of
 from data_builders.images import ImageFinder
-from data_builders.source import Draft, File, Folder, Source
+from data_builders.published import File, Folder
+from data_builders.source import Draft, Source
 from data_builders.splits import SplitOptions, split_named
 from data_builders.tables import csv_rows, parquet_rows
 

@@ -23,7 +23,7 @@ from cogvlm_sft.errors import DataError
 from data_builders.annotations import ROWS, require_file
 from data_builders.caption_sets import CaptionSource
 from data_builders.json_array import loads
-from data_builders.source import FLICKR30K, File
+from data_builders.published import FLICKR30K, File
 from data_builders.splits import SplitLists, is_split_list, split_named
 from data_builders.tables import csv_rows
 

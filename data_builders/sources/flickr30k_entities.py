@@ -30,8 +30,9 @@ from data_builders.boxes import Corners, box_text, corners, look_up_size, pictur
 from data_builders.caption_sets import REQUESTS
 from data_builders.clean import choose
 from data_builders.images import ImageFinder
+from data_builders.published import FLICKR30K, File
 from data_builders.recipe import SourceEntry
-from data_builders.source import FLICKR30K, Draft, File, Source
+from data_builders.source import Draft, Source
 from data_builders.splits import SplitLists, SplitOptions, is_split_list
 
 GROUNDED_REQUESTS = (

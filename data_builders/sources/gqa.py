@@ -13,7 +13,8 @@ from collections import Counter
 from typing import Any
 
 from data_builders.clean import text_of
-from data_builders.source import Draft, File, Folder, Source
+from data_builders.published import File, Folder
+from data_builders.source import Draft, Source
 from data_builders.splits import SplitOptions, split_of_file
 
 

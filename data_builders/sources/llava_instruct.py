@@ -18,7 +18,8 @@ from collections import Counter
 from typing import Any
 
 from data_builders.clean import ROLES, dialogue
-from data_builders.source import VISUAL_GENOME, Draft, File, Folder, Source
+from data_builders.published import VISUAL_GENOME, File, Folder
+from data_builders.source import Draft, Source
 
 _SHORT_ANSWER = (
     "Answer the question using a single word or phrase.",

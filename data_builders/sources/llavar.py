@@ -15,7 +15,8 @@ from collections import Counter
 from typing import Any
 
 from data_builders.images import picture_key
-from data_builders.source import Draft, File, Folder, Source
+from data_builders.published import File, Folder
+from data_builders.source import Draft, Source
 from data_builders.sources.llava_instruct import llava_draft
 
 

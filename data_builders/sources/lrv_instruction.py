@@ -26,8 +26,9 @@ from pydantic import Field
 from data_builders.annotations import ROWS, Batch, read_records
 from data_builders.clean import text_of
 from data_builders.images import ImageFinder
+from data_builders.published import File, Folder
 from data_builders.recipe import Strict
-from data_builders.source import Draft, File, Folder, Source
+from data_builders.source import Draft, Source
 
 # "whether it is red", "it" and the like make no sentence with "there is no"; those rows are dropped
 _NO_MENTION = re.compile(

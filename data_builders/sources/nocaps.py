@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_builders.caption_sets import CaptionSource
-from data_builders.source import File, Folder
+from data_builders.published import File, Folder
 from data_builders.splits import Split, split_of_file
 
 

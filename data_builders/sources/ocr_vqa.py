@@ -17,7 +17,8 @@ from typing import Any
 
 from data_builders.annotations import ROWS, Batch, read_mapping
 from data_builders.images import SUFFIXES, ImageFinder
-from data_builders.source import Draft, File, Folder, Source
+from data_builders.published import File, Folder
+from data_builders.source import Draft, Source
 from data_builders.splits import SplitOptions
 
 _SPLITS = {1: "train", 2: "val", 3: "test", "1": "train", "2": "val", "3": "test"}

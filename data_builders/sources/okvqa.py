@@ -12,8 +12,8 @@ Usage:
 from collections import Counter
 from typing import Any
 
+from data_builders.published import COCO_TRAIN2014, File
 from data_builders.question_sets import JoinedVqa
-from data_builders.source import COCO_TRAIN2014, File
 
 
 class Okvqa(JoinedVqa):

@@ -19,7 +19,8 @@ from typing import Any
 from data_builders.annotations import Batch, read_keyed, read_mapping
 from data_builders.clean import rounds, text_of
 from data_builders.images import ImageFinder
-from data_builders.source import Draft, File, Folder, Source
+from data_builders.published import File, Folder
+from data_builders.source import Draft, Source
 from data_builders.splits import SplitOptions, split_named
 
 _SPLIT_LISTS = "pid_splits.json"

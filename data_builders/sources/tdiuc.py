@@ -15,8 +15,8 @@ Usage:
 from typing import Any
 
 from data_builders.images import ImageFinder
+from data_builders.published import COCO_TRAIN2014, VISUAL_GENOME, File
 from data_builders.question_sets import JoinedVqa
-from data_builders.source import COCO_TRAIN2014, VISUAL_GENOME, File
 
 
 class Tdiuc(JoinedVqa):

@@ -16,7 +16,7 @@ from typing import Any
 from data_builders.annotations import read_records
 from data_builders.caption_sets import CaptionSource
 from data_builders.clean import text_of
-from data_builders.source import File, Folder
+from data_builders.published import File, Folder
 from data_builders.splits import split_named
 
 

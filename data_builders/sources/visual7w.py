@@ -20,7 +20,8 @@ from data_builders.annotations import Batch, read_records
 from data_builders.boxes import box_text, corners, look_up_size
 from data_builders.clean import text_of
 from data_builders.images import ImageFinder
-from data_builders.source import Draft, File, Folder, Source
+from data_builders.published import File, Folder
+from data_builders.source import Draft, Source
 from data_builders.splits import SplitOptions, split_named
 
 _FORMAT = "Answer in [[x0,y0,x1,y1]] format."

@@ -21,7 +21,8 @@ from pydantic import Field
 from data_builders.annotations import Batch
 from data_builders.clean import human_answers, majority
 from data_builders.images import ImageFinder
-from data_builders.source import Draft, File, Folder, Source
+from data_builders.published import File, Folder
+from data_builders.source import Draft, Source
 from data_builders.splits import SplitOptions, split_named, split_of_file
 
 _SPLIT = re.compile(r"VizWiz_([A-Za-z]+)_")

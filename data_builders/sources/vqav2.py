@@ -13,8 +13,8 @@ Usage:
         --annotations v2_mscoco_train2014_annotations.json --images coco --out builds/vqav2
 """
 
+from data_builders.published import COCO_TRAIN2014, File
 from data_builders.question_sets import JoinedVqa
-from data_builders.source import COCO_TRAIN2014, File
 
 
 class Vqav2(JoinedVqa):
