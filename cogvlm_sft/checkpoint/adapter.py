@@ -16,7 +16,13 @@ from safetensors.torch import load_file
 
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMForCausalLM
-from cogvlm_sft.tune.naming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, QUANTIZED_NOTE
+from cogvlm_sft.tune.naming import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    IMAGE_SIZE_NOTE,
+    PREFIX,
+    QUANTIZED_NOTE,
+)
 
 _NAME = "default"
 
@@ -58,7 +64,7 @@ def base_of(folder: Path, base: str | Path | None = None) -> Path:
     Raises:
         CheckpointError: there is no such folder, or it holds an adapter itself.
     """
-    named = adapter_settings(folder)["base_model_name_or_path"] if base is None else base
+    named = adapter_settings(folder).get("base_model_name_or_path") if base is None else base
     if not named:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG} names no base checkpoint; give its folder"
@@ -99,16 +105,28 @@ def quantized_groups(folder: Path) -> tuple[list[str], torch.dtype] | None:
     Raises:
         CheckpointError: the weights are missing or damaged.
     """
+    found = _note(folder, QUANTIZED_NOTE)
+    return None if found is None else (found["groups"], getattr(torch, found["dtype"]))
+
+
+def trained_image_size(folder: Path) -> int | None:
+    """Pixels a side that an adapter was trained at, where they are not its base's.
+
+    Raises:
+        CheckpointError: the weights are missing or damaged.
+    """
+    size: int | None = _note(folder, IMAGE_SIZE_NOTE)
+    return size
+
+
+def _note(folder: Path, name: str) -> Any:
     file = folder / ADAPTER_WEIGHTS
     try:
         with safe_open(file, framework="pt") as tensors:
-            note = (tensors.metadata() or {}).get(QUANTIZED_NOTE)
+            note = (tensors.metadata() or {}).get(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged or incomplete ({error})") from None
-    if note is None:
-        return None
-    found = json.loads(note)
-    return found["groups"], getattr(torch, found["dtype"])
+    return None if note is None else json.loads(note)
 
 
 def wear_adapter(model: CogVLMForCausalLM, folder: Path, *, merge: bool) -> CogVLMForCausalLM:

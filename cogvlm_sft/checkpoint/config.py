@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from cogvlm_sft.checkpoint.adapter import base_of, is_adapter
+from cogvlm_sft.checkpoint.adapter import base_of, is_adapter, trained_image_size
+from cogvlm_sft.checkpoint.positions import with_image_size
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMConfig, CogVLMVisionConfig
 
@@ -43,14 +44,15 @@ def make_config(fields: Mapping[str, Any], where: str = "model.config") -> CogVL
 
 
 def load_config(folder: str | Path) -> CogVLMConfig:
-    """The configuration of a checkpoint folder.
+    """The configuration of a checkpoint folder, or of an adapter's base as the adapter changed it.
 
     Raises:
         CheckpointError: no folder, no config.json, or one that is not a CogVLM's.
     """
     path = Path(folder)
     if is_adapter(path):
-        path = base_of(path)
+        config, size = load_config(base_of(path)), trained_image_size(path)
+        return config if size is None else with_image_size(config, size)
     if not path.is_dir():
         raise CheckpointError(
             f"checkpoint folder {path} does not exist; expected a folder in the released layout "

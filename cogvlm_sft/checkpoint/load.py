@@ -17,7 +17,12 @@ import torch
 from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from cogvlm_sft.checkpoint.adapter import base_of, is_adapter, wear_adapter
+from cogvlm_sft.checkpoint.adapter import (
+    base_of,
+    is_adapter,
+    trained_image_size,
+    wear_adapter,
+)
 from cogvlm_sft.checkpoint.config import load_config, make_config
 from cogvlm_sft.checkpoint.fill import StoredWeights, fill
 from cogvlm_sft.checkpoint.positions import resize_positions, with_image_size
@@ -83,10 +88,13 @@ def load_model(
             dtype=dtype,
             attention=attention,
             quantize=quantize,
-            image_size=image_size,
+            image_size=trained_image_size(folder),
             device=device,
         )
-        return wear_adapter(model, folder, merge=not quantize)
+        model = wear_adapter(model, folder, merge=not quantize)
+        if image_size is not None:
+            resize_positions(model, image_size)
+        return model
     if not quantize:
         stored = stored_weights(folder, image_size)
         return _load_plain(folder, stored, torch_dtype(dtype), attention, device)

@@ -9,6 +9,7 @@ logit is an error, and no checkpoint is left.
 """
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,10 +27,21 @@ from torch import nn
 from tqdm import tqdm
 
 from cogvlm_sft.allocator import return_freed_memory
-from cogvlm_sft.checkpoint.adapter import adapter_settings, base_of, quantized_groups
+from cogvlm_sft.checkpoint.adapter import (
+    adapter_settings,
+    base_of,
+    quantized_groups,
+    trained_image_size,
+)
 from cogvlm_sft.checkpoint.load import load_config, weight_files
+from cogvlm_sft.checkpoint.positions import (
+    POSITION_EMBEDDING,
+    interpolate_positions,
+    with_image_size,
+)
 from cogvlm_sft.checkpoint.probe import Weights, probe_batch, streamed_logits
 from cogvlm_sft.checkpoint.weights import (
+    INDEX,
     Planned,
     dtype_of,
     read_headers,
@@ -125,7 +137,7 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | Path | None = Non
                 f"merged weights and base + adapter differ by {difference:.1e} of the largest "
                 f"logit, expected at most {LIMIT:g}; nothing was written"
             )
-        _copy_files(folder, root, staging)
+        _copy_files(folder, root, staging, work.image_size)
         os.replace(staging, target)
     except OSError as error:
         raise CheckpointError(f"{target}: the checkpoint cannot be written: {error}") from None
@@ -142,6 +154,9 @@ class _Merge:
     def __init__(self, folder: Path, root: Path) -> None:
         self.folder, self.base = folder, root
         self.model_config: CogVLMConfig = load_config(root)
+        self.image_size = trained_image_size(folder)
+        if self.image_size is not None:
+            self.model_config = with_image_size(self.model_config, self.image_size)
         if getattr(self.model_config, "quantization_config", None):
             raise CheckpointError(f"{root}: a quantised checkpoint; merge into the 16-bit original")
         self.config = _lora_config(folder)
@@ -162,18 +177,28 @@ class _Merge:
                 f"{min(strange)!r}; the adapter is of another base"
             )
         for name in self.replaced:
-            found, expected = tuple(self.adapter[name].shape), self.home[name].shape
+            found, expected = tuple(self.adapter[name].shape), self.shape(name)
             if found != expected:
                 raise CheckpointError(
                     f"{folder / ADAPTER_WEIGHTS}: {name} has shape {found}, the base's {expected}"
                 )
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor of the result: the base's, but for positions of another picture size."""
+        shape = self.home[name].shape
+        if name != POSITION_EMBEDDING:
+            return shape
+        return (self.model_config.vision_config.num_positions, *shape[1:])
+
     def read(self, name: str, folder: Path | None = None) -> torch.Tensor:
-        """A tensor of the base, or of a copy of its files in another folder."""
+        """A tensor of the base at the adapter's picture size, or of the result in its folder."""
         header = self.home[name]
         if folder is not None:
-            header = replace(header, file=folder / header.file.name)
-        return read_tensor(name, header)
+            return read_tensor(name, replace(header, file=folder / header.file.name))
+        tensor = read_tensor(name, header)
+        if name != POSITION_EMBEDDING:
+            return tensor
+        return interpolate_positions(tensor, self.model_config.vision_config.grid)
 
     def merged(self, name: str) -> torch.Tensor:
         """A tensor of the result in fp32 where the adapter touches it, else the base's own."""
@@ -207,13 +232,12 @@ class _Merge:
         with tqdm(total=len(self.home), desc="merging", unit="tensor") as bar:
             for file in self.files:
                 planned = [
-                    Planned(name, header.shape, dtype_of(header), partial(self.merged, name))
+                    Planned(name, self.shape(name), dtype_of(header), partial(self.merged, name))
                     for name, header in read_headers([file]).items()
                 ]
                 write_shard(staging / file.name, planned, lambda _: bar.update())
-        index = self.base / "model.safetensors.index.json"
         if self.files[0].name != "model.safetensors":
-            shutil.copyfile(index, staging / index.name)
+            shutil.copyfile(self.base / INDEX, staging / INDEX)
 
     def check(self, staging: Path) -> tuple[float, float, float | None]:
         """The three differences of `MergeReport`."""
@@ -311,13 +335,20 @@ def _through_nf4(weight: torch.Tensor) -> torch.Tensor:
     return restored
 
 
-def _copy_files(folder: Path, root: Path, staging: Path) -> None:
+def _copy_files(folder: Path, root: Path, staging: Path, image_size: int | None) -> None:
     """The base's configuration; the adapter's processor where it has one, else the base's."""
     origin = folder if any((folder / n).is_file() for n in _PROCESSOR_FILES) else root
     for file in _existing(root, ("config.json", "generation_config.json")):
         shutil.copyfile(file, staging / file.name)
     for file in _existing(origin, _PROCESSOR_FILES):
         shutil.copyfile(file, staging / file.name)
+    if image_size is not None:
+        file = staging / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        vision = with_image_size(load_config(root), image_size).vision_config
+        sizes = {"image_size": vision.image_size, "num_positions": vision.num_positions}
+        config["vision_config"] |= sizes
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _existing(folder: Path, names: tuple[str, ...]) -> Iterator[Path]:

@@ -248,7 +248,8 @@ def _adapter_files(recipe: Recipe) -> AdapterFiles | None:
         return None
     quantize = recipe.model.quantize
     quantized = (quantize.groups, recipe.model.dtype) if quantize else None
-    return AdapterFiles(recipe.tune, str(recipe.model.checkpoint), quantized)
+    model = recipe.model
+    return AdapterFiles(recipe.tune, str(model.checkpoint), quantized, model.image_size)
 
 
 def _publish_adapter(

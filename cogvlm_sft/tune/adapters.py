@@ -28,6 +28,7 @@ from cogvlm_sft.recipe import GroupTuning, TuneSection
 from cogvlm_sft.tune.groups import set_trainable
 from cogvlm_sft.tune.naming import (
     ADAPTER_WEIGHTS,
+    IMAGE_SIZE_NOTE,
     LINEARS,
     PREFIX,
     QUANTIZED_NOTE,
@@ -144,11 +145,13 @@ class AdapterFiles:
         tune: the recipe's section.
         base: path of the checkpoint that the adapter belongs to.
         quantized: groups that are held in 4 bits meanwhile, and the dtype they are read in.
+        image_size: pixels a side, where it is not the base's.
     """
 
     tune: TuneSection
     base: str
     quantized: tuple[Sequence[str], str] | None = None
+    image_size: int | None = None
 
     def save(
         self,
@@ -175,6 +178,8 @@ class AdapterFiles:
         if self.quantized is not None:
             groups, dtype = self.quantized
             notes[QUANTIZED_NOTE] = json.dumps({"groups": list(groups), "dtype": dtype})
+        if self.image_size is not None:
+            notes[IMAGE_SIZE_NOTE] = json.dumps(self.image_size)
         save_file(state, folder / ADAPTER_WEIGHTS, metadata=notes)
 
     def load(self, model: nn.Module, folder: Path) -> None:

@@ -10,7 +10,9 @@ from torch import nn
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-QUANTIZED_NOTE = "quantized"  # in the file's metadata: groups in 4 bits, and from which dtype
+# In the file's metadata, as JSON: groups in 4 bits and from which dtype; pixels a side.
+QUANTIZED_NOTE = "quantized"
+IMAGE_SIZE_NOTE = "image_size"
 PREFIX = "base_model.model."  # PEFT's, before every name in the file
 
 # Module names of the linears that LoRA wraps, by group: facts of the released checkpoint's index.

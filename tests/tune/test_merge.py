@@ -10,8 +10,9 @@ from safetensors import safe_open
 
 from cogvlm_sft import CheckpointError, CogVLMForCausalLM, Recipe, train
 from cogvlm_sft.checkpoint import merge as merging
-from cogvlm_sft.checkpoint.load import load_model, load_processor
+from cogvlm_sft.checkpoint.load import load_config, load_model, load_processor
 from cogvlm_sft.checkpoint.merge import merge
+from cogvlm_sft.checkpoint.probe import probe_batch
 from cogvlm_sft.cli import main
 from cogvlm_sft.tune.adapters import apply_tuning, load_adapter
 
@@ -129,3 +130,24 @@ def test_mistakes(make_recipe: MakeRecipe, base: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="changes the base's weights"):
         merge(snapshot, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tower", ["frozen", "full"])
+def test_an_adapter_remembers_its_picture_size(
+    make_recipe: MakeRecipe, base: Path, tmp_path: Path, tower: str
+) -> None:
+    """Trained at twice its base's size, it loads, merges and answers at that size."""
+    recipe = make_recipe(
+        model__image_size=56, tune__vision_tower={"mode": tower}, train__iterations=2
+    )
+    run = train(recipe).output
+    assert load_config(run).vision_config.image_size == 56
+    merge(run, tmp_path / "merged")
+    batch = probe_batch(load_config(run))
+    with torch.no_grad():
+        worn = load_model(run)(**batch).logits
+        merged = load_model(tmp_path / "merged")(**batch).logits
+    assert load_processor(tmp_path / "merged").num_image_tokens == 18
+    assert share(merged, worn) <= 1e-5
+    back = load_model(run, image_size=28)
+    assert back.config.vision_config.num_positions == 5
