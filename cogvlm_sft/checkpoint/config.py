@@ -37,6 +37,11 @@ def make_config(fields: Mapping[str, Any], where: str = "model.config") -> CogVL
         raise CheckpointError(f"{where}.vision_config is {vision!r}, expected a mapping")
     _refuse_unknown(fields, where)
     _refuse_unknown(vision, f"{where}.vision_config", CogVLMVisionConfig())
+    if fields.get("tie_word_embeddings"):
+        raise CheckpointError(
+            f"{where}.tie_word_embeddings is true; the released layout has an output head of its "
+            "own, so leave it out"
+        )
     try:
         return CogVLMConfig(**fields)
     except (TypeError, ValueError) as error:

@@ -34,7 +34,13 @@ from cogvlm_sft.checkpoint.processor import (
 )
 from cogvlm_sft.checkpoint.quantized import nf4_config, settle_quantized
 from cogvlm_sft.checkpoint.staging import staged
-from cogvlm_sft.checkpoint.weights import INDEX, Header, check_fit, read_headers
+from cogvlm_sft.checkpoint.weights import (
+    INDEX,
+    Header,
+    check_fit,
+    first_few,
+    read_headers,
+)
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import (
     CogVLMConfig,
@@ -178,7 +184,7 @@ def _load_quantized(
         if not str(key).endswith(OPTIONAL_SUFFIX)
     ]
     if problems:
-        raise CheckpointError(f"{folder}: weights were not loaded whole: {_some(problems)}")
+        raise CheckpointError(f"{folder}: weights were not loaded whole: {first_few(problems)}")
     settle_quantized(model, quantize)
     loaded: CogVLMForCausalLM = model
     return loaded
@@ -221,7 +227,7 @@ def weight_files(folder: Path) -> list[Path]:
         if missing:
             raise CheckpointError(
                 f"{folder}: {len(missing)} of {len(names)} weight files are missing "
-                f"({_some(missing)}); fetch them again"
+                f"({first_few(missing)}); fetch them again"
             )
         return [folder / name for name in names]
     if any(folder.glob("*.bin")):
@@ -322,13 +328,6 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"unknown dtype {dtype!r}; expected float32 or bfloat16")
     return found
-
-
-def _some(names: Any, limit: int = 3) -> str:
-    """The first few of many names, for a message."""
-    listed = [str(name) for name in names]
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return (", ".join(listed[:limit]) or "none") + more
 
 
 __all__ = [

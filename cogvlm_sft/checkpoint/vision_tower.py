@@ -8,6 +8,7 @@ pre-norm CLIP apart, so the widths are checked and no more than that can be.
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -103,6 +104,11 @@ def _open(place: Path) -> tuple[Mapping[str, tuple[int, ...]], Read]:
     elif place.is_file():
         try:
             state = torch.load(place, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:
+            raise CheckpointError(
+                f"{place} holds more than tensors, which could run code when read; save its state "
+                "dict alone, or as safetensors"
+            ) from None
         except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
             raise CheckpointError(f"{place}: cannot be read as torch weights: {error}") from None
         for key in ("state_dict", "module", "model"):

@@ -230,10 +230,6 @@ def check_fit(
         CheckpointError: tensors are missing, unexpected or misshapen; some are named.
     """
 
-    def some(names: Sequence[str]) -> str:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return (", ".join(names[:3]) or "none") + more
-
     def place(name: str) -> str:
         return f" in {files[name].name}" if files and name in files else ""
 
@@ -250,9 +246,15 @@ def check_fit(
         unexpected = [f"{name}{place(name)}" for name in unexpected]
         raise CheckpointError(
             f"{where}: the weights do not fit config.json: {len(missing)} missing "
-            f"({some(missing)}), {len(unexpected)} unexpected ({some(unexpected)}), "
-            f"{len(misshapen)} misshapen ({some(misshapen)})"
+            f"({first_few(missing)}), {len(unexpected)} unexpected ({first_few(unexpected)}), "
+            f"{len(misshapen)} misshapen ({first_few(misshapen)})"
         )
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Three of many names, for a message."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) or "none") + more
 
 
 __all__ = [
@@ -262,6 +264,7 @@ __all__ = [
     "Planned",
     "check_fit",
     "dtype_of",
+    "first_few",
     "read_headers",
     "read_tensor",
     "write_shard",

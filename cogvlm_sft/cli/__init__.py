@@ -25,7 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # On import it warns of an optional package that only speeds up 4-bit products on some CPUs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     parser = _parser()
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    overrides = [one for one in rest if "=" in one and not one.startswith("-")]
+    # argparse gives a command's settings to it only where they follow each other.
+    if hasattr(parsed, "overrides") and len(overrides) == len(rest):
+        parsed.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if parsed.version:
         print(_versions())
         return 0

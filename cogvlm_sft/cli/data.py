@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from cogvlm_sft.cli.arguments import add_command, recipe_arguments
+from cogvlm_sft.cli.arguments import add_command, positive, recipe_arguments
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -97,7 +97,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--html", type=Path, metavar="FILE", help="also write a page with the pictures"
     )
     preview.add_argument("--id", action="append", metavar="ID", help="which conversation; repeats")
-    preview.add_argument("--limit", type=int, default=1, metavar="N", help="default 1")
+    preview.add_argument("--limit", type=positive, default=1, metavar="N", help="default 1")
 
 
 def _data_sources(arguments: argparse.Namespace) -> int:
@@ -139,8 +139,8 @@ def _data_preview(arguments: argparse.Namespace) -> int:
         from cogvlm_sft.recipe import load_recipe
         from cogvlm_sft.training.preflight import processor_for
 
-        data = load_recipe(arguments.recipe).data
-        processor = processor_for(load_recipe(arguments.recipe))
+        recipe = load_recipe(arguments.recipe)
+        data, processor = recipe.data, processor_for(recipe)
         images, length, loss_on = data.image_root, data.max_length, data.loss_on
     else:
         from cogvlm_sft.checkpoint.load import load_processor

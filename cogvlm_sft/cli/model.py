@@ -79,7 +79,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="the task's official files; a build folder for exact_match and box_iou",
     )
     evaluate.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
     evaluate.add_argument("--batch-size", type=positive, default=16, metavar="N", help="default 16")
     evaluate.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="where the checkpoint holds none"

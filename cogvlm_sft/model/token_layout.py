@@ -107,7 +107,8 @@ class Routing(NamedTuple):
         """(rows, width) to (batch, length, width), zero at padding."""
         if self.order is not None:
             whole = rows.new_zeros(self.batch * self.length, rows.shape[-1])
-            rows = whole.index_copy(0, self.order, rows)
+            # With layers spread over devices the last rows are not where the batch is.
+            rows = whole.index_copy(0, self.order.to(rows.device), rows)
         return rows.view(self.batch, self.length, -1)
 
     def split(self, rows: torch.Tensor) -> Parts:

@@ -35,7 +35,8 @@ def service_run(
     if not first or service not in ("wandb", "trackio"):
         yield
         return
-    name = read_run_file(recipe.train.output)["name"]
+    # A run begun before names were written goes on under its folder's.
+    name = read_run_file(recipe.train.output).get("name", recipe.train.output.name)
     arguments.project, arguments.run_name = PROJECT, name
     if service == "trackio":
         import trackio

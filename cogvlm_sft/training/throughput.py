@@ -4,6 +4,7 @@ Counting costs no synchronisation: a batch's counts stay on its device and are r
 Rates are over the time since the last log, saving and measuring included, for all processes.
 """
 
+import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -33,7 +34,6 @@ _PEAK_BF16 = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "A10": 125e12,
-    "V100": 125e12,
 }
 
 
@@ -128,7 +128,7 @@ def peak_flops(device: torch.device) -> float:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key in sorted(_PEAK_BF16, key=len, reverse=True):
-            if key in name:
+            if re.search(rf"\b{key}\b", name):
                 return _PEAK_BF16[key]
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     one = torch.ones(size, size, device=device, dtype=dtype)

@@ -38,7 +38,7 @@ from cogvlm_sft.training.optimization import (
 )
 from cogvlm_sft.training.stopping import is_lost_process
 from cogvlm_sft.training.throughput import Throughput, peak_flops, trained_matrices
-from cogvlm_sft.tune.adapters import AdapterFiles
+from cogvlm_sft.tune.adapters import AdapterFiles, load_adapter
 from cogvlm_sft.tune.groups import parameter_groups
 
 # transformers writes its arguments as a pickle beside the weights; the recipe says the same.
@@ -360,7 +360,7 @@ class CogVLMTrainer(SFTTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.adapter is not None:
-            self.adapter.load(self.model, Path(resume_from_checkpoint))
+            load_adapter(self.model, Path(resume_from_checkpoint))
         else:
             snapshots.load_weights(
                 self.model if model is None else model, Path(resume_from_checkpoint)

@@ -139,7 +139,7 @@ def adapter_state(
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """Writes and reads the adapter of a run.
+    """Writes the adapter of a run; `load_adapter` reads it back.
 
     Attributes:
         tune: the recipe's section.
@@ -181,14 +181,6 @@ class AdapterFiles:
         if self.image_size is not None:
             notes[IMAGE_SIZE_NOTE] = json.dumps(self.image_size)
         save_file(state, folder / ADAPTER_WEIGHTS, metadata=notes)
-
-    def load(self, model: nn.Module, folder: Path) -> None:
-        """Copy an adapter's tensors into a model after `apply_tuning`, all accounted for.
-
-        Raises:
-            CheckpointError: a tensor is missing, unexpected or of another shape.
-        """
-        load_adapter(model, folder)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:

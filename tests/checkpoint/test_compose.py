@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -297,6 +298,9 @@ def test_a_tower_that_does_not_fit(
             config = {"vision_config": {**VISION, **changes}}
             compose(llama, towers["hf"], tmp_path / "base", config=config)
     save_file({"encoder.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    torch.save({"args": argparse.Namespace()}, tmp_path / "more.pt")
+    with pytest.raises(CheckpointError, match=r"more\.pt holds more than tensors"):
+        compose(llama, tmp_path / "more.pt", tmp_path / "base", config=CONFIG)
     with pytest.raises(CheckpointError, match="no vision tower by its names"):
         compose(llama, tmp_path / "other.safetensors", tmp_path / "base", config=CONFIG)
     assert not (tmp_path / "base").exists()

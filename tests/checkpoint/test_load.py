@@ -152,6 +152,11 @@ def test_a_tokenizer_that_is_too_large(broken: Callable[..., Path], tokenizer: P
     assert str(load_config(folder).vocab_size) == "300"
 
 
+def test_a_tied_head_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"model\.config\.tie_word_embeddings is true"):
+        make_config({"tie_word_embeddings": True})
+
+
 def test_positions_interpolated() -> None:
     torch.manual_seed(0)
     embedding = torch.randn(1 + 16 * 16, 8)

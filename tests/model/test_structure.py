@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from cogvlm_sft.errors import CheckpointError, ModelInputError
 from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM
 from cogvlm_sft.model.modeling_cogvlm import CogVLMRMSNorm
+from cogvlm_sft.model.token_layout import Routing
 
 
 def released_names(layers: int, vision_layers: int) -> set[str]:
@@ -337,6 +338,12 @@ def test_images_and_blocks_must_match(small_config, make_batch):
         model(**{**batch, "pixel_values": torch.zeros(2, 3, 28, 28)})
     with pytest.raises(ModelInputError, match="needs labels"):
         model(**batch, supervised_only=True)
+
+
+def test_rows_come_back_on_another_device_than_the_batch():
+    """As with `device_map="auto"`, where the last layer is not on the first one's device."""
+    routing = Routing(1, 3, 1, torch.tensor([2, 0, 1]))
+    assert routing.scatter(torch.empty(3, 4, device="meta")).device.type == "meta"
 
 
 def test_decoding_needs_the_whole_sequence_of_types(small_config, make_batch):

@@ -204,6 +204,20 @@ def test_versions_for_a_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert names[:2] == ["cogvlm-sft", "torch"]
 
 
+def test_settings_and_flags_stand_in_any_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["train.output=runs/x", "train.micro_batch_size=2"]
+    assert main(["train", "demo/chat", settings[0], "--print", settings[1]]) == 0
+    printed = capsys.readouterr().out
+    assert "output: runs/x" in printed and "micro_batch_size: 2" in printed
+    for wrong in (["extra"], ["--outptu=x"]):
+        with pytest.raises(SystemExit) as status:
+            main(["train", "demo/chat", "--print", *wrong])
+        assert status.value.code == 2
+        assert f"unrecognized arguments: {wrong[0]}" in capsys.readouterr().err
+
+
 def test_counts_are_from_one(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["evaluate", "x", "--task", "exact_match", "--annotations", "y", "--batch-size", "0"]
     with pytest.raises(SystemExit) as status:
