@@ -1,10 +1,12 @@
 """Every source as a script: the command in its docstring parses, and tells what is missing."""
 
+import json
 import re
 import shlex
 import sys
 
 import pytest
+from PIL import Image
 
 from data_builders.recipe import source_names
 from data_builders.script import run_source
@@ -58,3 +60,20 @@ def test_help_tells_what_to_fetch_and_what_every_flag_means(name, capsys):
     assert len(flags) > 12
     for flag, rest in flags:
         assert len(re.sub(r"[A-Z]{2,}[=A-Z]*|\{.*?\}|\[.*?\]|\.\.\.", "", rest).split()) > 1, flag
+
+
+def test_flags_for_held_out_and_near_pictures(root, tmp_path, write_json):
+    smooth = Image.radial_gradient("L").crop((20, 60, 220, 220))
+    for number, size in enumerate([(200, 160), (180, 144), (200, 160)]):
+        shown = smooth if number < 2 else smooth.rotate(90).point(lambda value: 255 - value)
+        shown.resize(size).save(root / f"{number}.png")
+    rows = [{"image": f"{n}.png", "question": "What?", "answer": "A thing."} for n in range(3)]
+    held_out = tmp_path / "ids.txt"
+    held_out.write_text("2\n")
+    build = tmp_path / "build"
+    run_source("custom_vqa", [
+        "--annotations", str(write_json("q.json", rows)), "--images", str(root), "--near", "6",
+        "--against", str(held_out), "--out", str(build), "--workers", "1",
+    ])  # fmt: skip
+    report = json.loads((build / "manifest.json").read_text())["sources"]["custom_vqa"]
+    assert report["dropped"] == {"held_out_picture": 1, "near_duplicate": 1}
