@@ -71,7 +71,8 @@ class CaptionSource(Source):
 
     def _joined(self, path: Path) -> Iterator[list[Any]]:
         """COCO's shape: captions point at pictures."""
-        split = self.split(path)
+        told = self.split(path)
+        split = told or "train"
         names: dict[str, dict[str, Any]] = {}
         rows: list[Any] = []
         for batch in read_records(path, ("images",)):
@@ -90,10 +91,14 @@ class CaptionSource(Source):
                     rows.append({"split": split, "problem": problem, "record": record})
                     continue
                 key = text_of(record.get("image_id"))
-                row = {"split": split, "caption": record.get("caption"), "id": record.get("id")}
+                name = names[key].get("file_name") if key in names else None
+                row = {
+                    "split": told or _split_of_picture(name),
+                    "caption": record.get("caption"), "id": record.get("id"),
+                }  # fmt: skip
                 if key in names:
                     captioned.add(key)
-                    row["image"] = names[key].get("file_name")
+                    row["image"] = name
                     row["meta"] = self.facts(names[key])
                 else:
                     row["problem"] = "caption_without_picture"
@@ -107,13 +112,19 @@ class CaptionSource(Source):
             for key in alone
         ]
 
-    def split(self, path: Path) -> Split:
-        """The split of a file whose records do not tell it."""
-        return split_of_file(path.name) or "train"
+    def split(self, path: Path) -> Split | None:
+        """The split of a file whose records do not tell it; None where its name tells none."""
+        return split_of_file(path.name)
 
     def facts(self, picture: dict[str, Any]) -> dict[str, Any]:
         """Further facts of a picture for the record's `meta`."""
         return {}
+
+
+def _split_of_picture(name: Any) -> Split:
+    """What COCO's name of a picture tells, in a file whose own name tells nothing."""
+    named = isinstance(name, str) and name.rsplit("/", 1)[-1].startswith("COCO_")
+    return (split_of_file(name) if named else None) or "train"
 
 
 def _sentences(record: Any) -> list[dict[str, Any]]:

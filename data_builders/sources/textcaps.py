@@ -47,7 +47,7 @@ class Textcaps(CaptionSource):
         told = record.get("set_name")
         image = text_of(record.get("image_id"))
         return {
-            "split": split_named(told) if told else self.split(path),
+            "split": split_named(told) if told else self.split(path) or "train",
             "caption": record.get("caption_str"),
             "image": f"{image}.jpg" if image else image,
             "id": record.get("caption_id"),

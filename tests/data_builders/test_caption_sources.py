@@ -98,6 +98,18 @@ def test_official_coco(root, run, write_json, picture):
         run("coco_captions", [path])
 
 
+def test_pictures_tell_the_split_where_the_file_does_not(root, run, write_json, picture):
+    names = ("COCO_train2014_000000000009.jpg", "COCO_val2014_000000000042.jpg", "000000000073.jpg")
+    for number, name in enumerate(names):
+        picture(root / name, number)
+    content = official((0, "A."), (1, "B."), (2, "C."), images=list(enumerate(names)))
+    report, built, _ = run("coco_captions", [write_json("captions.json", content)])
+    assert captions(built) == [(names[0], "A."), (names[2], "C.")]
+    assert report["dropped"] == {"held_out_split": 1}
+    _, built, _ = run("coco_captions", [write_json("captions_train2017.json", content)])
+    assert len(built) == 3  # train2017 holds pictures of val2014
+
+
 def test_flickr30k(root, run, write_json, picture):
     picture(root / "1000092795.jpg", 1)
     images = [
