@@ -1,8 +1,8 @@
 """A checkpoint folder appears whole or not at all.
 
 Everything is written into a hidden folder first. Where the target is new it appears by one rename;
-where it exists (and holds a run's logs) the files are moved in one by one, config.json last: a
-folder without it is no checkpoint to any reader.
+where it exists (and holds a run's logs) the files are moved in one by one, the configuration last:
+a folder without it is no checkpoint, or no adapter, to any reader.
 """
 
 import os
@@ -11,18 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from cogvlm_sft.errors import CheckpointError
 
 
 @contextmanager
-def staged(out: str | Path) -> Iterator[Path]:
+def staged(out: str | Path, last: str = "config.json") -> Iterator[Path]:
     """A folder to write a checkpoint into, published at `out` when the block ends well.
+
+    Args:
+        out: the target.
+        last: the file without which a folder is no checkpoint.
 
     Raises:
         CheckpointError: `out` holds a checkpoint already, or cannot be written.
     """
     target = Path(out)
-    if (target / "config.json").exists():
+    if (target / last).exists():
         raise CheckpointError(f"{target} already holds a checkpoint; choose another folder")
     # On the target's own file system: a rename does not cross from one to another.
     beside = not target.exists()
@@ -34,9 +40,9 @@ def staged(out: str | Path) -> Iterator[Path]:
         if beside:
             os.replace(staging, target)
         else:
-            for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == last):
                 os.replace(file, target / file.name)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target}: the checkpoint cannot be written: {error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)

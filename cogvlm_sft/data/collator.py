@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from cogvlm_sft.errors import DataError
-from cogvlm_sft.model.processing_cogvlm import IGNORED_LABEL, CogVLMProcessor
+from cogvlm_sft.model.processing_cogvlm import IGNORE_INDEX, CogVLMProcessor
 
 
 class CogVLMCollator:
@@ -47,7 +47,7 @@ def check_supervised(labels: torch.Tensor, conversations: int) -> None:
         DataError: No label carries loss, so a step would learn nothing.
     """
     # The label of the first place is never predicted.
-    if not bool((labels[:, 1:] != IGNORED_LABEL).any()):
+    if not bool((labels[:, 1:] != IGNORE_INDEX).any()):
         raise DataError(
             f"a batch of {conversations} row(s) has no supervised token, expected at least one; "
             'check `"train": false` in the data and data.max_length'

@@ -15,7 +15,7 @@ from typing import Literal
 
 from cogvlm_sft.conversation import IMAGE_MARKER, Conversation, Turn
 from cogvlm_sft.errors import DataError, ModelInputError
-from cogvlm_sft.model.processing_cogvlm import IGNORED_LABEL, CogVLMProcessor
+from cogvlm_sft.model.processing_cogvlm import IGNORE_INDEX, CogVLMProcessor
 
 LossOn = Literal["all", "last"]
 Round = tuple[Turn, Turn]
@@ -28,7 +28,7 @@ class EncodedConversation:
     Attributes:
         input_ids: Token ids; pictures are runs of the pad id.
         token_type_ids: 1 on boi, patches and eoi.
-        labels: Ids to predict at each place, `IGNORED_LABEL` where there is no loss. Not shifted.
+        labels: Ids to predict at each place, `IGNORE_INDEX` where there is no loss. Not shifted.
         images: Paths relative to the image root, in the order of their places.
     """
 
@@ -40,7 +40,7 @@ class EncodedConversation:
     @property
     def supervised(self) -> int:
         """Places that carry loss."""
-        return sum(label != IGNORED_LABEL for label in self.labels)
+        return sum(label != IGNORE_INDEX for label in self.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def _encode_rounds(
         style=conversation.style,
     )
     last = processor.encode_answer(answer.content)
-    labels = [IGNORED_LABEL] * len(row.input_ids) + last
+    labels = [IGNORE_INDEX] * len(row.input_ids) + last
     eos, unsupervised = last[-1], 0
     spans = zip(earlier, row.answers, row.merged, strict=True)
     for (_, answered), (start, end), merged in spans if loss_on == "all" else ():
@@ -170,7 +170,7 @@ def _encode_rounds(
         if merged:
             alone = processor.encode_answer(answered.content)[:-1]
             same = alone[:-1] == row.input_ids[start : end - 1]
-            labels[end - 1] = alone[-1] if same else IGNORED_LABEL
+            labels[end - 1] = alone[-1] if same else IGNORE_INDEX
             unsupervised += 1
         else:
             labels[end] = eos

@@ -17,7 +17,7 @@ from cogvlm_sft.conversation import Conversation, read_conversations, resolve_im
 from cogvlm_sft.data.encode import EncodedConversation, LossOn, encode_conversation
 from cogvlm_sft.data.pictures import read_picture
 from cogvlm_sft.errors import DataError
-from cogvlm_sft.model.processing_cogvlm import IGNORED_LABEL, CogVLMProcessor
+from cogvlm_sft.model.processing_cogvlm import IGNORE_INDEX, CogVLMProcessor
 from cogvlm_sft.model.token_layout import build_position_ids
 
 
@@ -138,8 +138,8 @@ def render_row(row: EncodedConversation, processor: CogVLMProcessor) -> str:
         else:
             name = repr(tokenizer.convert_ids_to_tokens(row.input_ids[place]))
             identity = str(row.input_ids[place])
-        label = row.labels[last + 1] if last + 1 < end else IGNORED_LABEL
-        target = "" if label == IGNORED_LABEL else repr(tokenizer.convert_ids_to_tokens(label))
+        label = row.labels[last + 1] if last + 1 < end else IGNORE_INDEX
+        target = "" if label == IGNORE_INDEX else repr(tokenizer.convert_ids_to_tokens(label))
         where = str(place) if last == place else f"{place}-{last}"
         position = str(positions[place])
         if last != place:

@@ -21,7 +21,7 @@ from cogvlm_sft.data.encode import EncodedConversation
 from cogvlm_sft.data.pictures import read_picture
 from cogvlm_sft.data.preview import Previewed, picture_line
 from cogvlm_sft.errors import DataError
-from cogvlm_sft.model.processing_cogvlm import IGNORED_LABEL, CogVLMProcessor
+from cogvlm_sft.model.processing_cogvlm import IGNORE_INDEX, CogVLMProcessor
 from cogvlm_sft.model.token_layout import build_position_ids
 
 _PAGE = """<!doctype html>
@@ -106,8 +106,8 @@ def _tokens(row: EncodedConversation, processor: CogVLMProcessor) -> list[dict[s
         last = place
         if row.token_type_ids[place]:
             last = place + processor.num_image_tokens - 1
-        label = row.labels[last + 1] if last + 1 < end else IGNORED_LABEL
-        learns = label != IGNORED_LABEL
+        label = row.labels[last + 1] if last + 1 < end else IGNORE_INDEX
+        learns = label != IGNORE_INDEX
         tokens.append(
             {
                 "text": next(pictures) if last > place else name(row.input_ids[place]),

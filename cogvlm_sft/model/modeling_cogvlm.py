@@ -40,10 +40,8 @@ from .layers_cogvlm import CogVLMDecoderLayer, CogVLMRMSNorm
 from .linear_cogvlm import apply_linear
 from .runs import FLAT_ATTENTION, choose_reads, flatten
 from .segments import Segment, read_segments, segments_of_rows
-from .token_layout import Routing, build_position_ids, build_vision_expert_mask, plan
+from .token_layout import IGNORE_INDEX, Routing, build_position_ids, build_vision_expert_mask, plan
 from .vision_cogvlm import CogVLMPatchEmbedding, CogVLMVisionModel
-
-IGNORE_INDEX = -100
 
 
 class CogVLMPreTrainedModel(PreTrainedModel):

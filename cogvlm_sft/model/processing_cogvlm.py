@@ -29,8 +29,7 @@ from .prompts import (
     check_style,
     place_pictures,
 )
-
-IGNORED_LABEL = -100
+from .token_layout import IGNORE_INDEX
 
 _MARKER_WITH_SPACE = re.compile(rf"\s*{IMAGE_MARKER}\s*")
 
@@ -288,7 +287,7 @@ class CogVLMProcessor(ProcessorMixin):
         length = max(len(row["input_ids"]) for row in rows)
         fills = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": 0}
         if "labels" in rows[0]:
-            fills["labels"] = IGNORED_LABEL
+            fills["labels"] = IGNORE_INDEX
         padded = {
             name: torch.tensor([_fill(list(row[name]), fill, length, side) for row in rows])
             for name, fill in fills.items()
@@ -453,4 +452,4 @@ def _fill(values: list[Any], fill: Any, length: int, side: str) -> list[Any]:
     return missing + values if side == "left" else values + missing
 
 
-__all__ = ["IGNORED_LABEL", "CogVLMProcessor"]
+__all__ = ["IGNORE_INDEX", "CogVLMProcessor"]

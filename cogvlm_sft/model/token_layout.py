@@ -19,6 +19,8 @@ from cogvlm_sft.errors import ModelInputError
 
 from .expert_rows import Parts, gather_rows
 
+IGNORE_INDEX = -100  # label of a token without loss, torch's and TRL's
+
 
 def _previous(token_type_ids: torch.Tensor) -> torch.Tensor:
     """Whether the token to the left is of an image (False in the first column)."""
@@ -208,6 +210,7 @@ def _mismatch(
 
 
 __all__ = [
+    "IGNORE_INDEX",
     "Routing",
     "build_position_ids",
     "build_vision_expert_mask",

@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from cogvlm_sft.model.token_layout import IGNORE_INDEX
+
 
 def held_out_sums(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """Loss, right tokens, tokens, right rows and rows of a batch, (5,) of float64."""
     inputs = dict(inputs)
     targets = inputs.pop("labels")[:, 1:]
-    supervised = targets != -100
+    supervised = targets != IGNORE_INDEX
     # The columns where some row is supervised; logits of no others are made.
     columns = supervised.any(dim=0).nonzero().squeeze(1)
     logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits.float()

@@ -8,16 +8,14 @@ is stopped or fails leaves no checkpoint that could be taken for a finished one.
 """
 
 import os
-import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from transformers import set_seed
 
 from cogvlm_sft.checkpoint.load import (
@@ -25,8 +23,10 @@ from cogvlm_sft.checkpoint.load import (
     load_model,
     own_device,
     save_checkpoint,
+    save_processor,
     stored_weights,
 )
+from cogvlm_sft.checkpoint.staging import staged
 from cogvlm_sft.data.collator import CogVLMCollator
 from cogvlm_sft.data.mixture import ConversationDataset
 from cogvlm_sft.data.packing import SharedImageCollator
@@ -231,7 +231,9 @@ def _finish(
         if (files := _adapter_files(recipe)) is None:
             save_checkpoint(model, processor, output, dtype=recipe.model.dtype, state_dict=weights)
         else:
-            _publish_adapter(files, model, processor, output, weights)
+            with staged(output, last=ADAPTER_CONFIG) as folder:
+                files.save(model, folder, weights)
+                save_processor(processor, folder)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(
         output=output,
@@ -250,32 +252,6 @@ def _adapter_files(recipe: Recipe) -> AdapterFiles | None:
     quantized = (quantize.groups, recipe.model.dtype) if quantize else None
     model = recipe.model
     return AdapterFiles(recipe.tune, str(model.checkpoint), quantized, model.image_size)
-
-
-def _publish_adapter(
-    files: AdapterFiles,
-    model: CogVLMForCausalLM,
-    processor: CogVLMProcessor,
-    output: Path,
-    weights: Mapping[str, torch.Tensor] | None,
-) -> None:
-    """The adapter and the processor, written beside the run's logs; the configuration comes last.
-
-    Raises:
-        CheckpointError: they cannot be written.
-    """
-    staging = output / ".writing"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        files.save(model, staging, weights)
-        processor.save_pretrained(staging)
-        for file in sorted(staging.iterdir(), key=lambda file: file.name == ADAPTER_CONFIG):
-            os.replace(file, output / file.name)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{output}: the adapter cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _dataset(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cogvlm_sft.model import CogVLMConfig
+from cogvlm_sft.model.token_layout import IGNORE_INDEX
 from cogvlm_sft.training.flops import Work, training_flops
 from cogvlm_sft.tune.groups import group_of, shape_of
 
@@ -78,7 +79,7 @@ class Throughput:
                 lengths.sum(),
                 squares.sum(),
                 lengths.new_tensor(0 if pixels is None else pixels.shape[0]),
-                (labels[..., 1:] != -100).sum().double(),
+                (labels[..., 1:] != IGNORE_INDEX).sum().double(),
                 (types == 1).sum().double(),
             ]
         )

@@ -26,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from cogvlm_sft.checkpoint.fill import StoredWeights, fill
+from cogvlm_sft.checkpoint.processor import save_processor
 from cogvlm_sft.errors import CheckpointError, RecipeError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.training import snapshots
@@ -350,10 +351,11 @@ class CogVLMTrainer(SFTTrainer):
         if self.adapter is not None and output_dir is not None:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             self.adapter.save(self.model, Path(output_dir), state_dict)
-            self.processing_class.save_pretrained(output_dir)
+            save_processor(self.processing_class, Path(output_dir))
             return
         super()._save(output_dir, state_dict=state_dict)
         if output_dir is not None:
+            save_processor(self.processing_class, Path(output_dir))
             Path(output_dir, _PICKLED_ARGUMENTS).unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -5,7 +5,7 @@ import pytest
 from cogvlm_sft import Conversation, DataError, Turn
 from cogvlm_sft.data.encode import EncodedConversation, encode_conversation
 from cogvlm_sft.model import CogVLMProcessor
-from cogvlm_sft.model.processing_cogvlm import IGNORED_LABEL
+from cogvlm_sft.model.processing_cogvlm import IGNORE_INDEX
 
 ROUNDS = [("<image>\nWhat colour?", "It is red."), ("Sure?", "Yes, 是的."), ("Why?", "I see it.")]
 
@@ -26,7 +26,7 @@ def learned(row: EncodedConversation, processor: CogVLMProcessor) -> list[str]:
     """The answers under loss, cut behind each EOS."""
     answers: list[list[int]] = [[]]
     for label in row.labels:
-        if label != IGNORED_LABEL:
+        if label != IGNORE_INDEX:
             answers[-1].append(label)
             if label == processor.tokenizer.eos_token_id:
                 answers.append([])
@@ -38,14 +38,14 @@ def test_every_answer_is_learned_and_ends(processor: CogVLMProcessor) -> None:
     result = encode_conversation(conversation(), processor)
     (row,) = result.parts
     assert learned(row, processor) == ["It is red.</s>", "Yes, 是的.</s>", "I see it.</s>"]
-    assert row.supervised == sum(label != IGNORED_LABEL for label in row.labels)
+    assert row.supervised == sum(label != IGNORE_INDEX for label in row.labels)
     assert result.dropped_rounds == result.unsupervised_ends == 0
     # Behind an inner answer the input is the separator, not EOS.
     assert row.input_ids.count(2) == 1 and row.labels.count(2) == 3
     separators = [row.input_ids[i] for i, label in enumerate(row.labels) if label == 2][:-1]
     assert processor.tokenizer.convert_ids_to_tokens(separators) == ["<0x0A>"] * 2
     for kind, label in zip(row.token_type_ids, row.labels, strict=True):
-        assert not kind or label == IGNORED_LABEL
+        assert not kind or label == IGNORE_INDEX
 
 
 def test_loss_on_the_last_answer_alone(processor: CogVLMProcessor) -> None:

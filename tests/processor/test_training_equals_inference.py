@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from cogvlm_sft.conversation import Conversation, Turn
 from cogvlm_sft.data.encode import encode_conversation
 from cogvlm_sft.model import CogVLMProcessor
-from cogvlm_sft.model.processing_cogvlm import IGNORED_LABEL
+from cogvlm_sft.model.processing_cogvlm import IGNORE_INDEX
 
 KINDS = ["mistral", "small", "llama3", "smollm2"]
 
@@ -52,7 +52,7 @@ def test_every_turn(
     (row,) = result.parts
     rounds = [(question.content, answer.content) for question, answer in conversation.rounds()]
     eos = processor.tokenizer.eos_token_id
-    expected = [IGNORED_LABEL] * len(row.input_ids)
+    expected = [IGNORE_INDEX] * len(row.input_ids)
     merged = 0
     for index, (question, answer) in enumerate(rounds):
         asked = [*(earlier for earlier, _ in rounds[:index]), question]
@@ -74,7 +74,7 @@ def test_every_turn(
             # that token is learned as ever.
             merged += 1
             learned = row.labels[start : stop - 1]
-            assert learned[:-1] == alone[:-2] or IGNORED_LABEL in row.labels[start:stop]
+            assert learned[:-1] == alone[:-2] or IGNORE_INDEX in row.labels[start:stop]
             assert eos not in learned
             expected[start:stop] = row.labels[start:stop]
             continue

@@ -35,6 +35,7 @@ def share(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.slow
 def test_a_qlora_run_and_its_snapshot_merge(
     make_recipe: MakeRecipe,
+    world: Path,
     batch: dict[str, torch.Tensor],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -56,6 +57,9 @@ def test_a_qlora_run_and_its_snapshot_merge(
         assert not [file for file in out.iterdir() if "adapter" in file.name]
         merged = CogVLMForCausalLM.from_pretrained(out, dtype=torch.float32)
         assert load_processor(out)
+        # The file that llama.cpp's converter reads.
+        pieces = (world / "tokenizer" / "tokenizer.model").read_bytes()
+        assert (out / "tokenizer.model").read_bytes() == pieces
         expected = beside(recipe, folder)
         with torch.no_grad():
             assert share(merged(**batch).logits, expected(**batch).logits) <= 1e-5
