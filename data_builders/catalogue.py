@@ -1,22 +1,32 @@
 """What each source needs and what of it is on this disk: the table of `cogvlm-sft data sources`."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from cogvlm_sft.errors import RecipeError
 from data_builders.images import SUFFIXES
-from data_builders.recipe import source_names
+from data_builders.recipe import nearest, source_names
 from data_builders.source import Source, load_source
 
 
-def list_sources(folder: Path | None = None) -> str:
-    """A table of all sources: files to fetch, sizes, licence, image folders, what is missing.
+def list_sources(folder: Path | None = None, names: Sequence[str] = ()) -> str:
+    """A table of sources: files to fetch, sizes, licence, image folders, what is missing.
 
     Args:
         folder: Where to look for the files; the working directory unless given.
+        names: Of the sources; none means all.
+
+    Raises:
+        RecipeError: There is no such source; the nearest one is named.
     """
+    known = source_names()
+    for name in names:
+        if name not in known:
+            raise RecipeError(f"unknown source {name!r}{nearest(name, known)}")
     files, folders = _look(folder or Path.cwd())
     return "\n\n".join(
-        "\n".join(_block(load_source(name), files, folders)) for name in source_names()
+        "\n".join(_block(load_source(name), files, folders)) for name in names or known
     )
 
 

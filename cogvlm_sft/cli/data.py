@@ -20,8 +20,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "sources",
         _data_sources,
         "the data sets, and which files to fetch",
-        "cogvlm-sft data sources --root data",
+        "cogvlm-sft data sources llava_instruct --root data",
     )
+    sources.add_argument("names", nargs="*", metavar="NAME", help="of the data sets; default all")
     sources.add_argument(
         "--root",
         type=Path,
@@ -103,7 +104,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _data_sources(arguments: argparse.Namespace) -> int:
     from data_builders.catalogue import list_sources
 
-    print(list_sources(arguments.root))
+    print(list_sources(arguments.root, arguments.names))
     return 0
 
 

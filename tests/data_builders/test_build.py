@@ -376,3 +376,7 @@ def test_list_sources_tells_what_to_fetch(tmp_path):
     assert re.search(r"refcoco/refs\(unc\)\.p +size not published  142,209", table)
     assert not re.search(r" - ", table)
     assert "CC-BY-NC-4.0 (non-commercial)" in table
+    chosen = list_sources(tmp_path, ["okvqa"])
+    assert chosen.startswith("okvqa:") and chosen in table
+    with pytest.raises(RecipeError, match="unknown source 'okvq'; did you mean 'okvqa'?"):
+        list_sources(tmp_path, ["okvq"])
