@@ -147,10 +147,12 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print:
         print(recipe.to_yaml(), end="")
         return 0
+    from cogvlm_sft.training.launch import rank
     from cogvlm_sft.training.run import train
 
     result = train(recipe)
-    print(f"checkpoint: {result.output}")
+    if rank() == 0:
+        print(f"checkpoint: {result.output}")
     if recipe.evaluate is not None and recipe.evaluate.tasks:
         from cogvlm_sft.evaluation.run import evaluate_tasks
 

@@ -50,7 +50,9 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.save_for_backward(rows, weight)
+        # As torch does: beside frozen weights the rows are not kept.
+        of_rows, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if of_weight else None, weight if of_rows else None)
         return _multiply(rows, weight, bias)
 
     @staticmethod

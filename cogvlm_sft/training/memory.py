@@ -181,11 +181,11 @@ def activations(config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float) 
     moment: float = (
         max(text, image) * (5 * inner + 2 * hidden) * width + tokens * 2 * hidden * stream
     )
-    moment += _unpacked(config, recipe)
     kept = whole + _adapter(config, recipe, width) + _tower(config, recipe, width)
     logits = text * config.vocab_size * (12.0 if width == 4 else 14.0)
     passing = _passing(config, width) if tune["vision_tower"].mode == "frozen" else 0.0
-    total = rows * max(kept + max(moment, logits), passing)
+    unpacked = _unpacked(config, recipe)  # once, however many rows
+    total = max(rows * kept + max(rows * moment + unpacked, rows * logits), rows * passing)
     return {"activations": max(0.0, total - rows * logits), "logits": rows * logits}
 
 

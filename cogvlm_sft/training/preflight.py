@@ -28,6 +28,7 @@ from cogvlm_sft.training import launch, snapshots
 from cogvlm_sft.training.estimate import GIB, estimate, model_config
 from cogvlm_sft.training.samples import prompt_requests
 from cogvlm_sft.training.services import check_service
+from cogvlm_sft.training.shards import is_sharded
 from cogvlm_sft.tune.naming import ADAPTER_CONFIG
 
 RECIPE_FILE = "recipe.yaml"
@@ -236,14 +237,23 @@ def check_output(recipe: Recipe) -> Path | None:
     found = snapshots.newest_complete(output)
     if found is None:
         print(f"warning: no snapshot in {output} is complete; starting at step 0", file=sys.stderr)
-    elif snapshots.is_sharded(found) != (sharded := launch.under_fsdp()):
-        there, here = ("with", "without") if not sharded else ("without", "with")
-        raise RecipeError(
-            f"{recipe.source}: {found} was written by a run {there} FSDP, this one is {here}; go "
-            "on with the launcher's configuration that it was started with (the number of "
-            "processes may differ)"
-        )
+    elif (problem := _other_launcher(found)) is not None:
+        raise RecipeError(f"{recipe.source}: {found} was written by a run {problem}")
     return found
+
+
+def _other_launcher(snapshot: Path) -> str | None:
+    """Why a snapshot cannot be read under this launcher; None where it can."""
+    split = any(snapshot.glob("global_step*"))
+    if split != launch.under_deepspeed():
+        there, here = ("with", "without") if split else ("without", "with")
+        return (
+            f"{there} DeepSpeed, this one is {here}; go on with the launcher's configuration and "
+            "the number of processes that it was started with"
+        )
+    if launch.under_fsdp() and not is_sharded(snapshot):
+        return "without FSDP, this one is with; go on without it (the other way round is possible)"
+    return None
 
 
 def _changes(written: Path, recipe: Recipe) -> list[str]:

@@ -1,12 +1,13 @@
 """One call from a recipe to a checkpoint: check, load, train, write.
 
-The order is by cost: the recipe, the output folder, paths and memory, a sample of the data, and
+The order is by cost: the recipe, the output folder, paths and memory, every record of the data, and
 only then the weights. What the run writes: `recipe.yaml` (resolved), `run.json` (versions, digests
 of the data), `metrics.jsonl`, `samples.jsonl`, `snapshots/`, and at the end the checkpoint in the
 released layout with tokenizer and processor, `loss.png`, and the run card `README.md`. A run that
 is stopped or fails leaves no checkpoint that could be taken for a finished one.
 """
 
+import errno
 import os
 import sys
 import time
@@ -22,11 +23,8 @@ from cogvlm_sft.checkpoint.load import (
     build_model,
     load_model,
     own_device,
-    save_checkpoint,
-    save_processor,
     stored_weights,
 )
-from cogvlm_sft.checkpoint.staging import staged
 from cogvlm_sft.data.collator import CogVLMCollator
 from cogvlm_sft.data.mixture import ConversationDataset
 from cogvlm_sft.data.packing import SharedImageCollator
@@ -35,33 +33,31 @@ from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import launch, snapshots
 from cogvlm_sft.training.arguments import training_arguments
+from cogvlm_sft.training.finish import adapter_files, finish
 from cogvlm_sft.training.preflight import (
     RECIPE_FILE,
     check_output,
     check_ready,
     processor_for,
 )
-from cogvlm_sft.training.provenance import check_same_data, write_card, write_run_file
+from cogvlm_sft.training.provenance import check_same_data, write_run_file
 from cogvlm_sft.training.samplers import GlobalBatchSampler, batches_of
 from cogvlm_sft.training.samples import PromptSamples
 from cogvlm_sft.training.services import service_run
 from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped, is_lost_process
 from cogvlm_sft.training.surroundings import deterministic, fresh_output, quiet
 from cogvlm_sft.training.telemetry import (
+    METRICS_FILE,
+    SAMPLES_FILE,
     LogWindows,
     MetricsFile,
     Progress,
-    plot_loss,
-    read_metrics,
 )
 from cogvlm_sft.training.trainer import CogVLMTrainer
-from cogvlm_sft.tune.adapters import AdapterFiles, apply_tuning
+from cogvlm_sft.tune.adapters import apply_tuning
 from cogvlm_sft.tune.groups import GroupSummary, group_table, summarize_groups
-from cogvlm_sft.tune.naming import ADAPTER_CONFIG
 
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
-LOSS_PICTURE = "loss.png"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,30 +153,70 @@ def train(recipe: Recipe) -> TrainResult:
             rates=rates,
             callbacks=callbacks,
             keep_snapshots=recipe.train.keep_snapshots,
-            adapter=_adapter_files(recipe),
+            adapter=adapter_files(recipe),
             weights=weights,
         )
         _agree(resume_from)
         with service_run(arguments, recipe, first=first, resumed=resume_from is not None):
-            try:
-                trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-            except RuntimeError as error:
-                if world_size == 1 or not is_lost_process(error):
-                    raise
-                raise _lost(recipe, error) from error
-            finally:
-                stop.restore()
-                progress.close()
-            if trainer.state.global_step < recipe.train.iterations:
-                snapshot = snapshots.snapshot_folder(recipe.train.output, trainer.state.global_step)
-                if first:
-                    print(
-                        f"stopped after step {trainer.state.global_step}; the same command goes on "
-                        f"from {snapshot}",
-                        file=sys.stderr,
-                    )
-                raise TrainingStopped(stop.received or 0, trainer.state.global_step, snapshot)
-            return _finish(trainer, model, processor, recipe, started)
+            _train_to_the_end(trainer, recipe, resume_from, stop, progress)
+            final_loss, held_out_loss = finish(trainer, model, processor, recipe)
+    return TrainResult(
+        output=recipe.train.output,
+        steps=recipe.train.iterations,
+        final_loss=final_loss,
+        held_out_loss=held_out_loss,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _train_to_the_end(
+    trainer: CogVLMTrainer,
+    recipe: Recipe,
+    resume_from: Path | None,
+    stop: StopOnSignal,
+    progress: Progress,
+) -> None:
+    """Every step, or one clear word why not.
+
+    Raises:
+        TrainingError: another process is gone.
+        CheckpointError: the disk is full or not writable.
+        TrainingStopped: a signal was obeyed.
+    """
+    output = recipe.train.output
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except RuntimeError as error:
+        if launch.world_size() == 1 or not is_lost_process(error):
+            raise
+        raise TrainingError(
+            f"another process of this run is gone, so process {launch.rank()} stops too "
+            f"({str(error).splitlines()[0]}); the same command goes on {_from_where(output)}"
+        ) from error
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise CheckpointError(
+            f"{output}: cannot be written: {error.strerror}; with more room the same command goes "
+            f"on {_from_where(output)}"
+        ) from error
+    finally:
+        stop.restore()
+        progress.close()
+    step = trainer.state.global_step
+    if step < recipe.train.iterations:
+        snapshot = snapshots.snapshot_folder(output, step)
+        if launch.rank() == 0:
+            print(
+                f"stopped after step {step}; the same command goes on from {snapshot}",
+                file=sys.stderr,
+            )
+        raise TrainingStopped(stop.received or 0, step, snapshot)
+
+
+def _from_where(output: Path) -> str:
+    last = snapshots.newest_complete(output)
+    return f"from {last}" if last else "from its start, since no snapshot was written yet"
 
 
 def _agree(resume_from: Path | None) -> None:
@@ -196,62 +232,6 @@ def _agree(resume_from: Path | None) -> None:
             f"the processes would go on from different snapshots (steps {steps}); train.output "
             "must be one folder that all machines see"
         )
-
-
-def _lost(recipe: Recipe, error: RuntimeError) -> TrainingError:
-    last = snapshots.newest_complete(recipe.train.output)
-    where = f"from {last}" if last else "from its start, since no snapshot was written yet"
-    return TrainingError(
-        f"another process of this run is gone, so process {launch.rank()} stops too "
-        f"({str(error).splitlines()[0]}); the same command goes on {where}"
-    )
-
-
-def _finish(
-    trainer: CogVLMTrainer,
-    model: CogVLMForCausalLM,
-    processor: CogVLMProcessor,
-    recipe: Recipe,
-    started: float,
-) -> TrainResult:
-    """Held-out loss, checkpoint, loss curve."""
-    output = recipe.train.output
-    held_out = None
-    if trainer.eval_dataset is not None:
-        held_out = trainer.evaluate()["eval_loss"]
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
-    metrics = output / METRICS_FILE
-    final_loss = float("nan")
-    if trainer.accelerator.is_main_process:
-        losses = [row["loss"] for row in read_metrics(metrics) if "loss" in row]
-        final_loss = losses[-1] if losses else final_loss
-        plot_loss(metrics, output / LOSS_PICTURE, Path(recipe.source).stem)
-        write_card(recipe, metrics, output / SAMPLES_FILE, LOSS_PICTURE)
-        if (files := _adapter_files(recipe)) is None:
-            save_checkpoint(model, processor, output, dtype=recipe.model.dtype, state_dict=weights)
-        else:
-            with staged(output, last=ADAPTER_CONFIG) as folder:
-                files.save(model, folder, weights)
-                save_processor(processor, folder)
-    trainer.accelerator.wait_for_everyone()
-    return TrainResult(
-        output=output,
-        steps=trainer.state.global_step,
-        final_loss=final_loss,
-        held_out_loss=held_out,
-        seconds=time.monotonic() - started,
-    )
-
-
-def _adapter_files(recipe: Recipe) -> AdapterFiles | None:
-    """Where what is trained is kept apart from the base: with factors, or beside 4-bit weights."""
-    if not recipe.writes_adapter:
-        return None
-    quantize = recipe.model.quantize
-    quantized = (quantize.groups, recipe.model.dtype) if quantize else None
-    model = recipe.model
-    return AdapterFiles(recipe.tune, str(model.checkpoint), quantized, model.image_size)
 
 
 def _dataset(

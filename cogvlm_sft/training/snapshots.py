@@ -66,11 +66,6 @@ def newest_complete(output: Path) -> Path | None:
     return None
 
 
-def is_sharded(path: Path) -> bool:
-    """Whether a snapshot was written by FSDP, in shards that any number of processes can read."""
-    return (path / "pytorch_model_fsdp_0").is_dir()
-
-
 def damage(path: Path) -> str | None:
     """What is wrong with a snapshot folder, or None where it is complete.
 

@@ -12,6 +12,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+
 # What the bar shows of a log besides loss and rate, in this order.
 _SPEEDS = {
     "conversations_per_second": ("conv/s", "{:.1f}"),

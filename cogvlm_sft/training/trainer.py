@@ -37,6 +37,7 @@ from cogvlm_sft.training.optimization import (
     make_optimizer,
     rate_schedule,
 )
+from cogvlm_sft.training.shards import is_sharded, load_sharded_moments, load_sharded_weights
 from cogvlm_sft.training.stopping import is_lost_process
 from cogvlm_sft.training.throughput import Throughput, peak_flops, trained_matrices
 from cogvlm_sft.tune.adapters import AdapterFiles, load_adapter
@@ -338,7 +339,8 @@ class CogVLMTrainer(SFTTrainer):
             # torch reports a full disk as RuntimeError, safetensors as its own error.
             last = [path.name for path in snapshots.snapshots(output)]
             raise CheckpointError(
-                f"{output}: the snapshot of step {step} cannot be written: {error}; "
+                f"{output}: the snapshot of step {step} cannot be written "
+                f"({shutil.disk_usage(output).free / 1e6:,.0f} MB are free there): {error}; "
                 f"the last one is {last[-1] if last else 'none'}"
             ) from error
         finally:
@@ -361,6 +363,8 @@ class CogVLMTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif is_sharded(Path(resume_from_checkpoint)):
+            load_sharded_weights(self.model, Path(resume_from_checkpoint))
         elif self.adapter is not None:
             load_adapter(self.model, Path(resume_from_checkpoint))
         else:
@@ -369,6 +373,9 @@ class CogVLMTrainer(SFTTrainer):
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint and is_sharded(Path(checkpoint)) and not self.is_fsdp_enabled:
+            self._load_sharded_moments(Path(checkpoint))
+            return
         names = [group.get("name") for group in self.optimizer.param_groups]
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -379,3 +386,13 @@ class CogVLMTrainer(SFTTrainer):
             raise CheckpointError(
                 f"{checkpoint}: its optimizer has the groups {loaded}, this run has {names}"
             )
+
+    def _load_sharded_moments(self, folder: Path) -> None:
+        """Moments from shards, schedule from its file, and the rates that follow from it."""
+        load_sharded_moments(self.model, self.optimizer, folder)
+        self.lr_scheduler.load_state_dict(
+            torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
+        )
+        rates = self.lr_scheduler.get_last_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate

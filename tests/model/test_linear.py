@@ -132,3 +132,22 @@ def test_a_step_of_the_model(calls: list[torch.Size], monkeypatch: pytest.Monkey
     assert used == len(calls) > 50
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).norm() <= 1e-5 * max(float(other.norm()), 1e-3)
+
+
+def test_rows_beside_frozen_weights_are_not_kept(calls: list[torch.Size]) -> None:
+    """As in torch: activations of a frozen layer are freed, which an adapter's memory rests on."""
+    layer, rows = nn.Linear(24, 56, bias=False), torch.randn(37, 24, requires_grad=True)
+    kept: list[torch.Size] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    for learns, expected in ((True, [(37, 24), (56, 24)]), (False, [(56, 24)])):
+        layer.weight.requires_grad_(learns)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = apply_linear(layer, rows)
+        assert kept == [torch.Size(shape) for shape in expected]
+        output.sum().backward()
+    assert calls

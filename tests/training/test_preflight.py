@@ -220,13 +220,28 @@ def test_what_cannot_be_split_is_said_before_weights_are_read(
     assert not recipe.train.output.exists()
 
 
-def test_a_sharded_snapshot_wants_its_launcher(make_recipe: MakeRecipe) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "folder", "words"),
+    [
+        ("ACCELERATE_USE_FSDP", "other", "without FSDP, this one is with"),
+        ("ACCELERATE_USE_DEEPSPEED", "other", "without DeepSpeed, this one is with"),
+        ("OTHER", "global_step6", "with DeepSpeed, this one is without"),
+    ],
+)
+def test_a_snapshot_of_another_launcher_is_said_before_weights_are_read(
+    make_recipe: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: str,
+    folder: str,
+    words: str,
+) -> None:
     """Hazard: transformers ends with a ValueError, after the weights were loaded."""
     recipe = make_recipe()
     output = train(recipe).output
     (output / "config.json").unlink()
-    (output / "snapshots" / "step-00000006" / "pytorch_model_fsdp_0").mkdir()
-    with pytest.raises(RecipeError, match="with FSDP, this one is without"):
+    (output / "snapshots" / "step-00000006" / folder).mkdir()
+    monkeypatch.setenv(launcher, "true")
+    with pytest.raises(RecipeError, match=words):
         train(recipe)
 
 

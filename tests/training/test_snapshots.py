@@ -1,5 +1,6 @@
 """Snapshots: resumed = uninterrupted bit for bit, damaged ones passed over, signals obeyed."""
 
+import errno
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ from cogvlm_sft.checkpoint.load import build_model
 from cogvlm_sft.data import mixture
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped
-from cogvlm_sft.training.telemetry import read_metrics
+from cogvlm_sft.training.telemetry import MetricsFile, read_metrics
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -234,6 +235,26 @@ def test_a_full_disk_leaves_the_last_snapshot(make_recipe: MakeRecipe, small_dis
     assert not snapshots.staging_folder(output).exists()
     assert not (output / "config.json").exists()
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert train(recipe).steps == 6
+
+
+def test_a_disk_full_of_other_things_is_one_line(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures are written between snapshots, too."""
+    original = MetricsFile.on_log
+
+    def fail(self: MetricsFile, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.global_step == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, args, state, control, **kwargs)
+
+    recipe = make_recipe(train__save_every=4)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
+        patch.setattr(MetricsFile, "on_log", fail)
+        train(recipe)
+    message = str(caught.value)
+    assert "No space left" in message and "goes on from" in message and "step-00000004" in message
     assert train(recipe).steps == 6
 
 
