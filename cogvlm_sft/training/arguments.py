@@ -14,6 +14,7 @@ def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
     cuda = torch.cuda.is_available()
     every = recipe.evaluate.every if recipe.evaluate else None
     measured = every is not None and recipe.data.validation is not None
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     return SFTConfig(
         output_dir=os.fspath(train.output),
         max_steps=train.iterations,
@@ -47,6 +48,8 @@ def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
+        # Else every GPU would hold gradients of the whole model between micro-batches.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": fsdp}},
         activation_checkpointing=train.gradient_checkpointing is True,
         gradient_checkpointing=None,
         # Every part runs for every batch, also one without images (design of the model).

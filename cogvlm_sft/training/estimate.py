@@ -28,6 +28,17 @@ _TEXT_ALLOWANCE = 512  # tokens of text behind the image where the recipe sets n
 _SLACK = {"cuda": 1.06, "cpu": 1.02}
 # The CUDA context, cuBLAS and the kernels' own; on a CPU, libraries' buffers.
 _WORKSPACE_BYTES = {"cuda": 1.25 * GIB, "cpu": 0.01 * GIB}
+# Released config.json of CogVLM2-Llama3, where it differs from CogVLM-17B's.
+_COGVLM2 = {
+    "vocab_size": 128256,
+    "intermediate_size": 14336,
+    "num_multi_query_heads": 8,
+    "max_position_embeddings": 8192,
+    "pad_token_id": 128002,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128009],
+    "vision_config": {"image_size": 1344, "num_positions": 9217},
+}
 _OVERLAP = (
     "activations: what they take beyond the gradients, which a step of one micro-batch makes while "
     "they go"
@@ -153,8 +164,8 @@ def estimate(
     """Estimate a recipe's memory per GPU and its work.
 
     Args:
-        recipe: where its checkpoint folder is missing, the released CogVLM-17B at 490 px is taken
-            (and said so). Conversations are taken to be `data.max_length` long, or a picture and
+        recipe: where its checkpoint folder is missing, the released CogVLM-17B at 490 px is taken,
+            or CogVLM2 if the folder is named so (and the table says it). Conversations are taken to be `data.max_length` long, or a picture and
             512 tokens of text: memory must hold the longest; the work is then an upper bound.
         gpus: of one machine.
         gpu_memory_gib: memory of one device.
@@ -191,7 +202,7 @@ def estimate(
         room = capacity - sum(held.values()) - workspace
 
         def passing(length: int, rows: float) -> dict[str, float]:
-            parts = memory.activations(config, recipe, length, rows)
+            parts = memory.activations(config, recipe, length, rows, name)
             parts = {part: _SLACK[device] * size for part, size in parts.items()}
             if rows * processes >= recipe.train.global_batch_size:
                 # One micro-batch a step: gradients take the place of activations as these go.
@@ -249,8 +260,11 @@ def model_config(recipe: Recipe) -> tuple[CogVLMConfig, str]:
     try:
         config, name = load_config(folder), str(folder)
     except CheckpointError:
-        size = recipe.model.image_size or 490
-        config, name = CogVLMConfig(), f"CogVLM-17B at {size} px (assumed: {folder} cannot be read)"
+        second = "cogvlm2" in folder.name.lower()
+        config = CogVLMConfig(**_COGVLM2) if second else CogVLMConfig()
+        size = recipe.model.image_size or config.vision_config.image_size
+        name = f"{'CogVLM2-19B' if second else 'CogVLM-17B'} at {size} px"
+        name += f" (assumed by its name: {folder} cannot be read)"
     if recipe.model.image_size is not None:
         config = with_image_size(config, recipe.model.image_size)
     return config, name

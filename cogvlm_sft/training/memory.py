@@ -128,7 +128,9 @@ def spread(
 
     Returns:
         The parts of `states`, with `buffers`: DDP reduces gradients in flat copies of them; FSDP2
-        and ZeRO-3 gather the layers they are in, one running and one coming.
+        and ZeRO-3 gather the layers they are in, one running and one coming. In the backward pass
+        FSDP2 holds a layer's gradients as they were computed beside the fp32 copy that is reduced,
+        after every micro-batch, so that only its own part of them stays.
     """
     width = _width(recipe)
     if name == "DDP":
@@ -141,13 +143,16 @@ def spread(
         unit = _unit(piece.name)
         gathered = 4 if piece.learns and name == "ZeRO-3" else width
         units[unit] = units.get(unit, 0.0) + piece.size * gathered
-        learnt[unit] = learnt.get(unit, 0.0) + (piece.size * 4 if piece.learns else 0.0)
+        reduced = 4 if name == "ZeRO-3" else width + 4
+        learnt[unit] = learnt.get(unit, 0.0) + (piece.size * reduced if piece.learns else 0.0)
     sharded = {part: size / processes for part, size in whole.items()}
     sharded["bf16 copies"] = 0.0 if name == "FSDP2" else sharded["bf16 copies"]
     return {**sharded, "buffers": 2 * max(units.values()) + max(learnt.values())}
 
 
-def activations(config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float) -> dict[str, float]:
+def activations(
+    config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float, name: str = ""
+) -> dict[str, float]:
     """Bytes between forward and backward, of one micro-batch.
 
     Args:
@@ -155,6 +160,7 @@ def activations(config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float) 
         recipe: what learns, dtype, checkpointing.
         tokens: of a conversation, its picture among them; all of its text carries loss.
         rows: conversations.
+        name: see `spread`.
 
     Returns:
         `activations`, and `logits` (what the head holds, with the loss).
@@ -163,8 +169,9 @@ def activations(config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float) 
     image = min(config.num_image_tokens - 1, tokens)
     text = tokens - image
     tune = recipe.tune.groups()
-    # The residual stream takes the dtype of the embeddings, fp32 where they learn.
-    stream = 4 if tune["embeddings"].mode == "full" else width
+    # The residual stream takes the dtype of the embeddings: fp32 where they learn, but under FSDP2,
+    # which gathers them in the recipe's.
+    stream = 4 if tune["embeddings"].mode == "full" and name != "FSDP2" else width
     heads = config.num_attention_heads
     common = 2 * hidden * stream + 8 + (hidden + _query_width(config)) * width + 4 * heads
     layer: float = tokens * common + _kept(config, recipe, text, image, width)

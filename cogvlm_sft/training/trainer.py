@@ -17,9 +17,11 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -45,6 +47,15 @@ from cogvlm_sft.tune.groups import parameter_groups
 
 # transformers writes its arguments as a pickle beside the weights; the recipe says the same.
 _PICKLED_ARGUMENTS = "training_args.bin"
+
+
+def _reduce_in_fp32(accelerator: Accelerator) -> None:
+    """FSDP2 computes in bf16; accelerate would also reduce gradients and round the loss to it."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and accelerator.mixed_precision == "bf16":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
 
 
 class CogVLMTrainer(SFTTrainer):
@@ -124,6 +135,7 @@ class CogVLMTrainer(SFTTrainer):
         )
         for name, weight in masters.items():
             model.get_parameter(name).data = weight
+        _reduce_in_fp32(self.accelerator)
 
     def _send_telemetry(self) -> None:
         """TRL reports each run to its authors; we do not."""

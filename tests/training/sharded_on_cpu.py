@@ -5,6 +5,8 @@
 accelerate takes FSDP and DeepSpeed from its environment only where it sees GPUs; here its look at
 the machine is answered for it. All else is the product: the environment that `accelerate launch`
 makes of `recipes/accelerate/KIND.yaml`, our trainer, accelerate's sharding, sharded snapshots.
+Under FSDP2 it looks behind every micro-batch: no process may hold more than its own part of the
+gradients, and these are fp32, reduced in fp32.
 """
 
 import os
@@ -33,6 +35,32 @@ def launcher_environment(kind: str) -> dict[str, str]:
     return {key: told[key] for key in told if key.startswith(("ACCELERATE_", "FSDP_"))}
 
 
+def watch_gradients() -> None:
+    """Fails the run where gradients are whole, or no finer than bf16."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    from cogvlm_sft.training.trainer import CogVLMTrainer
+
+    step = CogVLMTrainer.training_step
+
+    def watched(self: CogVLMTrainer, model: Any, *rest: Any) -> torch.Tensor:
+        loss = step(self, model, *rest)
+        assert loss.dtype == torch.float32, loss.dtype
+        parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+        for group in (part._get_fsdp_state()._fsdp_param_group for part in parts):
+            for held in group.fsdp_params if group else ():
+                assert held.unsharded_accumulated_grad is None, "a whole gradient"
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert grads and all(isinstance(grad, DTensor) for grad in grads)
+        local = torch.cat([grad.to_local().flatten() for grad in grads])
+        assert local.dtype == torch.float32
+        assert not torch.equal(local, local.bfloat16().float()), "reduced in bf16"
+        return loss
+
+    CogVLMTrainer.training_step = watched  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     kind, recipe = sys.argv[1:]
     os.environ |= launcher_environment(kind)
@@ -40,8 +68,12 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
 
+    from transformers import training_args
+
     from cogvlm_sft.cli import main
     from cogvlm_sft.training import arguments
+
+    training_args.is_torch_bf16_gpu_available = lambda: True  # type: ignore[attr-defined]
 
     config = arguments.SFTConfig
 
@@ -49,6 +81,8 @@ if __name__ == "__main__":
         return config(**{**settings, "use_cpu": False})
 
     arguments.SFTConfig = on_a_device  # type: ignore[misc, assignment]
+    if kind == "fsdp2":
+        watch_gradients()
     status = main(["train", recipe])
     torch.distributed.destroy_process_group()
     raise SystemExit(status)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +29,10 @@ def test_states_of_the_chat_recipe_are_exact() -> None:
     assert ddp.parts["optimizer"] == 8 * trainable
     assert ddp.parts["weights"] == 4 * trainable + 2 * TOWER
     assert ddp.parts["buffers"] == ddp.parts["gradients"] == 4 * trainable
+    # One layer whole: gathered twice in bf16, its gradients in bf16 and, to be reduced, in fp32.
+    layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 4096
+    assert fsdp.parts["buffers"] == (2 * 2 + 2 + 4) * layer
+    assert ddp.parts["activations"] > 1.5 * fsdp.parts["activations"], "a residual stream in bf16"
     for plan in (fsdp, zero):
         assert plan.parts["gradients"] == 4 * trainable / 8
         assert plan.total < 80 * GIB and plan.largest_micro_batch >= recipe.train.micro_batch_size
@@ -38,6 +43,21 @@ def test_states_of_the_chat_recipe_are_exact() -> None:
     more = estimate(recipe, gpus=8, nodes=8, gpu_memory_gib=80)
     assert more.plans[1].parts["optimizer"] == 8 * trainable / 64
     assert more.gpu_hours == pytest.approx(found.gpu_hours), "hours are of all GPUs together"
+
+
+def test_the_figures_of_recipes_are_the_estimates() -> None:
+    """`44 GiB on 8 GPUs` in a header, and `252 GiB` on one device, are what the command prints."""
+    found = []
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        head = path.read_text(encoding="utf-8").partition("\n\n")[0].replace("\n#", "")
+        recipe = load_recipe(path.stem)
+        for size, gpus in re.findall(r"(\d+) GiB on (\d+) GPUs", head):
+            plans = {plan.name: plan for plan in estimate(recipe, gpus=int(gpus)).plans}
+            found.append((path.stem, int(gpus), int(size), round(plans["FSDP2"].total / GIB)))
+        for size in re.findall(r"on one device would take (\d+) GiB", head):
+            found.append((path.stem, 1, int(size), round(estimate(recipe).plans[0].total / GIB)))
+    assert {name for name, *_ in found} == {"chat", "chat_cogvlm2"} and len(found) == 4
+    assert [row for row in found if row[2] != row[3]] == []
 
 
 def test_work_is_operations_over_the_stated_rate() -> None:

@@ -211,6 +211,33 @@ def test_a_split_model_never_stands_whole(
 
 
 @pytest.mark.slow
+def test_fsdp_reduces_in_fp32_after_every_micro_batch(
+    make_recipe: MakeRecipe, mixed: Path, tmp_path: Path
+) -> None:
+    """By accelerate's policy gradients and the loss would be bf16, and whole between micro-batches.
+
+    `sharded_on_cpu.py` looks at the gradients; here the logged losses are finer than bf16, and
+    those of one process by autocast, up to its rounding.
+    """
+
+    def recipe(name: str, micro: int) -> Recipe:
+        return make_recipe(
+            model__dtype="bfloat16",
+            data__train=[{"path": str(mixed)}],
+            train__output=tmp_path / name,
+            train__micro_batch_size=micro,
+            train__iterations=3,
+            tune__vision_tower={"mode": "frozen"},
+        )
+
+    run(command(recipe("sharded", 1), tmp_path, "sharded", 2, "fsdp2"))
+    found = losses(tmp_path / "sharded")
+    assert any(torch.tensor(loss).bfloat16().item() != pytest.approx(loss) for loss in found)
+    train(recipe("whole", 4))
+    assert found == pytest.approx(losses(tmp_path / "whole"), rel=0.01)
+
+
+@pytest.mark.slow
 def test_processes_stop_together(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """SIGTERM to one of two, then SIGKILL to one of two, then to the end."""
     output = tmp_path / "pair"
