@@ -157,6 +157,12 @@ class CogVLMModel(CogVLMPreTrainedModel):
             raise ModelInputError("expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+            device = inputs_embeds.device.type
+            if torch.is_autocast_enabled(device):
+                # Embeddings that learn are fp32, and autocast leaves them so; the states would be
+                # fp32 from here on, and with them the output of 4-bit linears, whose dtype is their
+                # input's, and what attention gets of it.
+                inputs_embeds = inputs_embeds.to(torch.get_autocast_dtype(device))
         batch, length, _ = inputs_embeds.shape
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and segments is None

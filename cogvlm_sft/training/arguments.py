@@ -6,6 +6,7 @@ import torch
 from trl import SFTConfig
 
 from cogvlm_sft.recipe import Recipe
+from cogvlm_sft.training.launch import under_fsdp
 
 
 def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
@@ -14,7 +15,6 @@ def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
     cuda = torch.cuda.is_available()
     every = recipe.evaluate.every if recipe.evaluate else None
     measured = every is not None and recipe.data.validation is not None
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     return SFTConfig(
         output_dir=os.fspath(train.output),
         max_steps=train.iterations,
@@ -49,7 +49,7 @@ def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         # Else every GPU would hold gradients of the whole model between micro-batches.
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": fsdp}},
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": under_fsdp()}},
         activation_checkpointing=train.gradient_checkpointing is True,
         gradient_checkpointing=None,
         # Every part runs for every batch, also one without images (design of the model).

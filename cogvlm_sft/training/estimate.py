@@ -165,8 +165,9 @@ def estimate(
 
     Args:
         recipe: where its checkpoint folder is missing, the released CogVLM-17B at 490 px is taken,
-            or CogVLM2 if the folder is named so (and the table says it). Conversations are taken to be `data.max_length` long, or a picture and
-            512 tokens of text: memory must hold the longest; the work is then an upper bound.
+            or CogVLM2 where the folder is named so (and said so). Conversations are taken to be
+            `data.max_length` long, or a picture and 512 tokens of text: memory must hold the
+            longest; the work is then an upper bound.
         gpus: of one machine.
         gpu_memory_gib: memory of one device.
         device: "cuda" or "cpu", for the workspace allowance.
@@ -202,7 +203,7 @@ def estimate(
         room = capacity - sum(held.values()) - workspace
 
         def passing(length: int, rows: float) -> dict[str, float]:
-            parts = memory.activations(config, recipe, length, rows, name)
+            parts = memory.activations(config, recipe, length, rows)
             parts = {part: _SLACK[device] * size for part, size in parts.items()}
             if rows * processes >= recipe.train.global_batch_size:
                 # One micro-batch a step: gradients take the place of activations as these go.
@@ -264,7 +265,7 @@ def model_config(recipe: Recipe) -> tuple[CogVLMConfig, str]:
         config = CogVLMConfig(**_COGVLM2) if second else CogVLMConfig()
         size = recipe.model.image_size or config.vision_config.image_size
         name = f"{'CogVLM2-19B' if second else 'CogVLM-17B'} at {size} px"
-        name += f" (assumed by its name: {folder} cannot be read)"
+        name += f" (assumed: {folder} cannot be read)"
     if recipe.model.image_size is not None:
         config = with_image_size(config, recipe.model.image_size)
     return config, name

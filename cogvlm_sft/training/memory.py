@@ -150,9 +150,7 @@ def spread(
     return {**sharded, "buffers": 2 * max(units.values()) + max(learnt.values())}
 
 
-def activations(
-    config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float, name: str = ""
-) -> dict[str, float]:
+def activations(config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float) -> dict[str, float]:
     """Bytes between forward and backward, of one micro-batch.
 
     Args:
@@ -160,7 +158,6 @@ def activations(
         recipe: what learns, dtype, checkpointing.
         tokens: of a conversation, its picture among them; all of its text carries loss.
         rows: conversations.
-        name: see `spread`.
 
     Returns:
         `activations`, and `logits` (what the head holds, with the loss).
@@ -169,11 +166,8 @@ def activations(
     image = min(config.num_image_tokens - 1, tokens)
     text = tokens - image
     tune = recipe.tune.groups()
-    # The residual stream takes the dtype of the embeddings: fp32 where they learn, but under FSDP2,
-    # which gathers them in the recipe's.
-    stream = 4 if tune["embeddings"].mode == "full" and name != "FSDP2" else width
     heads = config.num_attention_heads
-    common = 2 * hidden * stream + 8 + (hidden + _query_width(config)) * width + 4 * heads
+    common = 2 * hidden * width + 8 + (hidden + _query_width(config)) * width + 4 * heads
     layer: float = tokens * common + _kept(config, recipe, text, image, width)
     if recipe.model.attention == "eager":
         layer += 3 * heads * tokens**2 * width
@@ -183,10 +177,10 @@ def activations(
         whole = count * (tokens * common + _kept(config, recipe, text, image, width, mlp=False))
         whole += layer
     elif recipe.train.gradient_checkpointing:
-        whole = count * tokens * hidden * stream + layer
+        whole = count * tokens * hidden * width + layer
     inner = config.intermediate_size
     moment: float = (
-        max(text, image) * (5 * inner + 2 * hidden) * width + tokens * 2 * hidden * stream
+        max(text, image) * (5 * inner + 2 * hidden) * width + tokens * 2 * hidden * width
     )
     kept = whole + _adapter(config, recipe, width) + _tower(config, recipe, width)
     logits = text * config.vocab_size * (12.0 if width == 4 else 14.0)

@@ -32,7 +32,6 @@ def test_states_of_the_chat_recipe_are_exact() -> None:
     # One layer whole: gathered twice in bf16, its gradients in bf16 and, to be reduced, in fp32.
     layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 4096
     assert fsdp.parts["buffers"] == (2 * 2 + 2 + 4) * layer
-    assert ddp.parts["activations"] > 1.5 * fsdp.parts["activations"], "a residual stream in bf16"
     for plan in (fsdp, zero):
         assert plan.parts["gradients"] == 4 * trainable / 8
         assert plan.total < 80 * GIB and plan.largest_micro_batch >= recipe.train.micro_batch_size
@@ -46,7 +45,7 @@ def test_states_of_the_chat_recipe_are_exact() -> None:
 
 
 def test_the_figures_of_recipes_are_the_estimates() -> None:
-    """`44 GiB on 8 GPUs` in a header, and `252 GiB` on one device, are what the command prints."""
+    """`44 GiB on 8 GPUs` in a header, and `246 GiB` on one device, are what the command prints."""
     found = []
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         head = path.read_text(encoding="utf-8").partition("\n\n")[0].replace("\n#", "")

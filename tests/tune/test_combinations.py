@@ -6,6 +6,7 @@ compared with the names that should have.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from cogvlm_sft import CogVLMConfig, CogVLMForCausalLM, Recipe, RecipeError
 from cogvlm_sft.checkpoint.load import load_model
+from cogvlm_sft.model import attention_cogvlm
 from cogvlm_sft.tune.adapters import apply_tuning
 from cogvlm_sft.tune.groups import GROUPS, group_of
 from cogvlm_sft.tune.naming import LINEARS, linears_of
@@ -195,3 +197,31 @@ def test_held_out_passes_leave_4_bit_weights_as_they_are(
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("quantized", [["language", "visual_expert"], ["visual_expert"]])
+def test_attention_beside_4_bit_weights_gets_the_dtype_it_is_planned_for(
+    base: Path,
+    batch: dict[str, torch.Tensor],
+    quantized: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hazard: a 4-bit linear gives its input's dtype; states of fp32 embeddings would stay fp32."""
+    model = load_model(base, dtype="bfloat16", quantize=quantized)
+    model.get_input_embeddings().float()  # as embeddings that learn are held
+    seen = []
+    attend = attention_cogvlm.attend
+
+    def watch(*parts: Any) -> torch.Tensor:
+        seen.extend(part.dtype for part in parts[:3])
+        return attend(*parts)
+
+    monkeypatch.setattr(attention_cogvlm, "attend", watch)
+    labels = batch["input_ids"]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch | {"labels": labels}, supervised_only=True).loss
+    loss.backward()
+    assert seen == [torch.bfloat16] * 6
+    assert loss.dtype == torch.float32
+    gradient = model.get_input_embeddings().weight.grad
+    assert gradient is not None and gradient.dtype == torch.float32 and gradient.any()
