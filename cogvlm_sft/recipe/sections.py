@@ -103,8 +103,9 @@ class DataSection(Section):
         token_budget: with share_images, most tokens of a micro-batch.
         reduced_decode: decode JPEGs of more than twice the model's picture size at a half, a
             quarter or an eighth of their scale: faster, and pixels differ by about a grey level.
-        length_window: so many steps are sorted by length together, so that the conversations of a
-            micro-batch are alike; 1 sorts within a step only, which does not change it.
+        length_window: so many steps are sorted by length together and dealt out again in parts, at
+            most eight a step, so that the conversations of a micro-batch are alike; what a step
+            holds depends on it and on the global batch only. 1 sorts within a step.
     """
 
     train: Annotated[list[Source], Field(min_length=1)]

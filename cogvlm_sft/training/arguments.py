@@ -1,6 +1,7 @@
 """The recipe's `train` section in TRL's words; the only place that knows both vocabularies."""
 
 import os
+from dataclasses import fields
 
 import torch
 from trl import SFTConfig
@@ -50,9 +51,15 @@ def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:
         max_length=None,
         # Else every GPU would hold gradients of the whole model between micro-batches.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": under_fsdp()}},
-        activation_checkpointing=train.gradient_checkpointing is True,
-        gradient_checkpointing=None,
         # Every part runs for every batch, also one without images (design of the model).
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
+        **_checkpointing(train.gradient_checkpointing is True),
     )
+
+
+def _checkpointing(enabled: bool) -> dict[str, bool | None]:
+    """transformers 5.23 calls it activation checkpointing; TRL sets the old name by default."""
+    if "activation_checkpointing" in {field.name for field in fields(SFTConfig)}:
+        return {"activation_checkpointing": enabled, "gradient_checkpointing": None}
+    return {"gradient_checkpointing": enabled}

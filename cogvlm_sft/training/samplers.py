@@ -21,6 +21,7 @@ from cogvlm_sft.errors import RecipeError
 from cogvlm_sft.recipe import Recipe
 
 _REPORTED_STEPS = 200
+_PARTS = 8  # of a step at most, where steps are sorted by length together
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             micro_batches: of a step, over all processes.
             processes: that train together.
             seed: of the order.
-            window: so many steps are sorted by length together; 1 changes no step's content.
+            window: so many steps are sorted by length together and dealt out again; 1: none.
         """
         self.lengths, self.pictures = np.asarray(lengths), np.asarray(pictures)
         self.steps, self.global_batch, self.micro_batches = steps, global_batch, micro_batches
@@ -144,14 +145,20 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def _deal(self, numbers: np.ndarray, first: int) -> Iterator[list[int]]:
         together = self.global_batch // self.micro_batches * self.processes
-        by_length = numbers[np.argsort(-self.lengths[numbers], kind="stable")]
-        chunks = by_length.reshape(-1, together)
-        if self.window > 1:
-            # Sorted, a step would hold one length; longest first only within a step.
-            chunks = chunks[self._permutation(len(chunks), first)]
-        for chunk in chunks:
-            for process in range(self.processes):
-                yield chunk[process :: self.processes].tolist()
+        steps = numbers.reshape(-1, self.global_batch)
+        if len(steps) > 1:
+            # Sorted, a step would hold one length: it gets parts from all over the window. Their
+            # size knows nothing of micro-batches, so neither does what a step holds.
+            parts = next(n for n in range(_PARTS, 0, -1) if self.global_batch % n == 0)
+            cut = self._by_length(numbers).reshape(parts * len(steps), -1)
+            steps = cut[self._permutation(len(cut), first)].reshape(steps.shape)
+        for step in steps:
+            for chunk in self._by_length(step).reshape(-1, together):
+                for process in range(self.processes):
+                    yield chunk[process :: self.processes].tolist()
+
+    def _by_length(self, numbers: np.ndarray) -> np.ndarray:
+        return numbers[np.argsort(-self.lengths[numbers], kind="stable")]
 
 
 class SharedImageSampler(GlobalBatchSampler):

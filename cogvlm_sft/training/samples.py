@@ -50,7 +50,10 @@ class PromptSamples(TrainerCallback):
         step = state.global_step
         if step % self.section.every and step < state.max_steps:
             return
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        with (
+            torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16),
+            torch.compiler.set_stance("force_eager"),
+        ):
             answers = generate_answers(
                 model,
                 self.processor,

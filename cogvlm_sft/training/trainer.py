@@ -245,6 +245,8 @@ class CogVLMTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    # Compiled layers are for the shapes of training: eight graphs more would end the run.
+    @torch.compiler.set_stance("force_eager")
     def evaluate(
         self,
         eval_dataset: Any = None,

@@ -1,5 +1,6 @@
 """Hazards of the stack that no other test stands for, and the table of all of them."""
 
+import dataclasses
 import re
 import sys
 import tomllib
@@ -12,6 +13,7 @@ import torch
 
 from cogvlm_sft import Recipe, train
 from cogvlm_sft.checkpoint.load import load_model
+from cogvlm_sft.training import arguments
 from cogvlm_sft.training.arguments import training_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +23,24 @@ MakeRecipe = Callable[..., Recipe]
 def test_trl_never_truncates(make_recipe: MakeRecipe) -> None:
     """TRL's 1,024 tokens are fewer than one picture of 490 px takes; it cuts without an error."""
     assert training_arguments(make_recipe(), 1).max_length is None
+
+
+def test_checkpointing_by_the_older_name(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 5.23 transformers has no `activation_checkpointing`; TRL's default is on."""
+    names = {field.name for field in dataclasses.fields(arguments.SFTConfig)}
+    older = dataclasses.make_dataclass(
+        "SFTConfig", sorted(names - {"activation_checkpointing"}), kw_only=True
+    )
+    for name in names:
+        setattr(older, name, None)
+    older.__init__ = lambda self, **given: self.__dict__.update(given)  # type: ignore[misc]
+    monkeypatch.setattr(arguments, "SFTConfig", older)
+    for wanted in (True, False):
+        made = training_arguments(make_recipe(train__gradient_checkpointing=wanted), 1)
+        assert made.gradient_checkpointing is wanted
+        assert "activation_checkpointing" not in vars(made)
 
 
 def test_ddp_does_not_search_for_unused_parameters(make_recipe: MakeRecipe) -> None:

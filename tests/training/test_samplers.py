@@ -75,6 +75,31 @@ def test_every_step_holds_the_global_batch_once(
         assert sorted(flat(left)) == sorted(flat(right))
 
 
+@given(
+    steps=st.integers(1, 9),
+    batch=st.sampled_from([4, 8, 12, 24]),
+    window=st.integers(1, 5),
+    seed=st.integers(0, 3),
+)
+def test_a_step_holds_the_same_whatever_the_micro_batches(
+    steps: int, batch: int, window: int, seed: int
+) -> None:
+    """So a run may go on with another micro-batch, and on other GPUs, in mid-window too."""
+    lengths = np.random.default_rng(seed).integers(10, 99, 40).tolist()
+    common = {"steps": steps, "global_batch": batch, "window": window, "seed": seed}
+    found = [
+        [sorted(flat(step)) for step in steps_of(by_length(lengths, **common, **split))]
+        for split in (
+            {"micro_batches": 1, "processes": 1},
+            {"micro_batches": batch // 2, "processes": 1},
+            {"micro_batches": batch // 2, "processes": 2},
+            {"micro_batches": batch, "processes": 4},
+        )
+    ]
+    assert found[0] == found[1] == found[2] == found[3]
+    assert all(len(step) == batch for step in found[0])
+
+
 def test_conversations_about_one_picture_stand_together() -> None:
     pictures = [number // 4 for number in range(64)]
     sampler = shared([PREFIX + 10] * 64, pictures, steps=8, global_batch=16, micro_batches=4)

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from cogvlm_sft import CogVLMForCausalLM, Recipe, RecipeError, train
+from cogvlm_sft.model.layers_cogvlm import CogVLMDecoderLayer
 from cogvlm_sft.recipe import recipe_from_dict
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.optimization import hold_trainable_in_fp32, rate_schedule
@@ -344,3 +347,39 @@ def test_fixed_prompts_are_answered_while_it_trains(make_recipe: MakeRecipe) -> 
     assert [row["step"] for row in rows] == [2, 4, 5]
     assert [sample["question"] for sample in rows[0]["samples"]] == [p["question"] for p in prompts]
     assert all(isinstance(sample["answer"], str) for row in rows for sample in row["samples"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # dynamo looks at what it traces
+def test_a_compiled_run_is_measured_on_the_way(
+    make_recipe: MakeRecipe, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out passes and answers have graphs of their own, more than dynamo makes of a layer."""
+    counter, before = CompileCounter(), []
+    evaluate = CogVLMTrainer.evaluate
+
+    def quick(self: CogVLMDecoderLayer, **options: Any) -> None:
+        nn.Module.compile(self, backend=counter, **options)
+
+    def watch(self: CogVLMTrainer, **options: Any) -> dict[str, float]:
+        before.append(counter.frame_count)
+        found = evaluate(self, **options)
+        assert counter.frame_count == before[-1], "compiled for a held-out pass"
+        return found
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(CogVLMDecoderLayer, "compile", quick)
+    monkeypatch.setattr(CogVLMTrainer, "evaluate", watch)
+    prompts = [{"question": "What colour is it?", "image": "00.png"}, {"question": "And now?"}]
+    recipe = make_recipe(
+        data__validation=world / "train.jsonl",
+        evaluate__every=2,
+        evaluate__batch_size=3,
+        evaluate__prompts=prompts,
+        train__compile=True,
+        train__gradient_checkpointing=True,
+    )
+    output = train(recipe).output
+    assert len((output / "samples.jsonl").read_text().splitlines()) == 3
+    assert before and before[0] > 0
+    torch._dynamo.reset()
