@@ -378,9 +378,5 @@ def test_list_sources_tells_what_to_fetch(tmp_path):
     assert "CC-BY-NC-4.0 (non-commercial)" in table
     chosen = list_sources(tmp_path, ["okvqa"])
     assert chosen.startswith("okvqa:") and chosen in table
-<<<<<<< Updated upstream
     with pytest.raises(RecipeError, match=r"unknown source 'okvq'; did you mean 'okvqa'\?"):
-=======
-    with pytest.raises(RecipeError, match="unknown source 'okvq'; did you mean 'okvqa'"):
->>>>>>> Stashed changes
         list_sources(tmp_path, ["okvq"])
