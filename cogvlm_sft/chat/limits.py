@@ -64,8 +64,9 @@ def read_upload(source: Path | bytes, name: str = "") -> Image.Image:
     if isinstance(source, Path):
         name = name or source.name
         if not source.is_file():
+            found = "is a folder" if source.is_dir() else "does not exist"
             raise DataError(
-                f"image {source} does not exist; give the path of a picture file "
+                f"image {source} {found}; give the path of a picture file "
                 f"(the working directory is {Path.cwd()})"
             )
         size = source.stat().st_size

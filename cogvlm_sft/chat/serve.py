@@ -117,10 +117,18 @@ def build_app(
         generation_state=state,
     )
 
+    # A refusal in OpenAI's form: their client shows no message in another one.
+    def refusal(message: str, status: int) -> Any:
+        error = {"message": message, "type": "invalid_request_error"}
+        return fastapi.responses.JSONResponse({"error": error}, status_code=status)
+
     @app.exception_handler(CogVLMSFTError)
     async def _refuse(_: Any, error: CogVLMSFTError) -> Any:
-        message = {"message": str(error), "type": "invalid_request_error"}
-        return fastapi.responses.JSONResponse({"error": message}, status_code=400)
+        return refusal(str(error), 400)
+
+    @app.exception_handler(fastapi.HTTPException)
+    async def _refuse_stock(_: Any, error: Any) -> Any:
+        return refusal(str(error.detail), error.status_code)
 
     return app
 

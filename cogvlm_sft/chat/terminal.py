@@ -1,11 +1,12 @@
 """Talking to a checkpoint in a terminal, and asking it one question.
 
 Notable choices: answers are shown while they are made; a mistake inside the loop (a missing
-picture) is one line and the loop goes on; Ctrl-C breaks off an answer, not the loop; nothing is
-read from the terminal but lines, so that the loop works in a pipe too.
+picture) is one line and the loop goes on; Ctrl-C breaks off an answer, or ends the loop where none
+is being given; nothing is read from the terminal but lines, so that the loop works in a pipe too.
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,6 +115,7 @@ def run_loop(
         write(prompt)
         line = lines.readline()
         if not line:
+            write("\n" if prompt else "")  # the shell's own prompt begins a line of its own
             return
         text = line.strip()
         if not text:
@@ -162,15 +164,30 @@ def _respond(chat: Chat, text: str, as_json: bool) -> Iterator[str]:
         return
     command, _, rest = text.partition(" ")
     if command == "/image" and rest.strip():
-        chat.show(rest.strip())
-        yield f"looking at {rest.strip()}; the conversation begins anew"
+        path = _typed_path(rest.strip())
+        chat.show(path)
+        yield f"looking at {path}; the conversation begins anew"
     elif command == "/draw" and rest.strip():
-        yield f"written to {draw_last_answer(chat, Path(rest.strip()))}"
+        yield f"written to {draw_last_answer(chat, _typed_path(rest.strip()))}"
     elif command == "/reset":
         chat.reset()
         yield "forgotten"
     else:
         raise DataError(f"unknown command {text!r}; {HELP}")
+
+
+def _typed_path(text: str) -> Path:
+    """A path as people type it or drop it on a terminal: bare, quoted, or with escaped spaces.
+
+    `~` is the home folder. A bare path may hold spaces and apostrophes.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        words = []
+    if len(words) == 1 and not Path(text).exists():
+        text = words[0]
+    return Path(text).expanduser()
 
 
 def _record(chat: Chat, question: str, answer: str, image: Path | str | None) -> dict[str, Any]:

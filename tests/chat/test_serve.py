@@ -4,6 +4,7 @@ import base64
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,29 @@ def test_history_and_models(client: Any, picture: Path) -> None:
     reply = client.chat.completions.create(model="cogvlm", messages=messages, max_tokens=4)
     assert reply.choices[0].finish_reason in ("stop", "length")
     assert [model.id for model in client.models.list()] == ["cogvlm"]
+
+
+def test_two_requests_at_once_get_their_own_answers(client: Any, picture: Path) -> None:
+    def ask(question: str) -> str:
+        reply = client.chat.completions.create(
+            model="cogvlm", messages=_asked(picture, question), max_tokens=8
+        )
+        return str(reply.choices[0].message.content)
+
+    asked = ["What digit is this?", "7", "Is it red?", "Why?"]
+    alone = [ask(question) for question in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        assert list(pool.map(ask, asked)) == alone
+
+
+def test_another_model_and_a_picture_by_address_are_refused(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="pinned to 'cogvlm'; requested 'gpt-4o'"):
+        client.chat.completions.create(model="gpt-4o", messages=_asked(None, "7?"), max_tokens=2)
+    address = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/cat.png"}}
+    with pytest.raises(openai.BadRequestError, match="opens no files and no addresses"):
+        client.chat.completions.create(
+            model="cogvlm", messages=[{"role": "user", "content": [address]}], max_tokens=2
+        )
 
 
 @pytest.mark.parametrize(

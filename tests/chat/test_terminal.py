@@ -129,6 +129,26 @@ def test_the_loop_keeps_history_and_survives_mistakes(checkpoint: Path, picture:
     assert "unknown command '/what'" in said[-1]
 
 
+@pytest.mark.parametrize("typed", ["{}", "'{}'", '"{}"', "ESCAPED", "HOME"])
+def test_paths_as_people_type_or_drop_them(
+    typed: str, checkpoint: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = picture.parent / "my pictures"
+    folder.mkdir()
+    path = picture.rename(folder / "a red one.png")
+    monkeypatch.setenv("HOME", str(folder))
+    forms = {"ESCAPED": str(path).replace(" ", "\\ "), "HOME": "~/a\\ red\\ one.png"}
+    chat = open_chat(checkpoint, decoding=SHORT)
+    said = _loop(chat, f"/image {forms.get(typed, typed.format(path))}")
+    assert said[1] == f"looking at {path}; the conversation begins anew"
+
+
+def test_a_bare_path_may_hold_an_apostrophe(checkpoint: Path, picture: Path) -> None:
+    path = picture.rename(picture.parent / "bob's one.png")
+    chat = open_chat(checkpoint, decoding=SHORT)
+    assert _loop(chat, f"/image {path}")[1].startswith("looking at")
+
+
 def test_the_loop_in_json(checkpoint: Path) -> None:
     chat = open_chat(checkpoint, decoding=SHORT)
     said = _loop(chat, "What digit is this?", "7?", as_json=True)
