@@ -162,6 +162,7 @@ def test_unanimous_answers_are_not_cleaned_by_the_official_scorer() -> None:
         ("77", "7", False, False, False),
         ("1.5", "15", False, False, False),
         ("Cat", "cat", True, True, True),
+        ("Ann Lee", "ann lee ", True, False, True),
     ],
 )
 def test_exact_matches(prediction: str, answer: str, exact: bool, gqa: bool, lower: bool) -> None:
@@ -182,6 +183,12 @@ def test_exact_matches(prediction: str, answer: str, exact: bool, gqa: bool, low
         ("Because", None),
         ("", None),
         ("The answer is A. The answer is B.", None),
+        ("The answer is B, since", "B"),
+        ("The answer is B", None),
+        ("B.", None),
+        ("B.x", None),
+        ("E. The answer is B.", None),  # its first letter counts, and four options have no E
+        ("F. The answer is B.", "B"),
     ],
 )
 def test_option_letters(prediction: str, letter: str | None) -> None:

@@ -6,8 +6,9 @@ differ in what they forgive, so they are not merged into one.
 
 import re
 
-_LEADING_LETTER = re.compile(r"([A-Z])\. ?")
-_ANSWER_IS = re.compile(r"The answer is ([A-Z])\.")
+_LETTERS = ("A", "B", "C", "D", "E")
+# The last point is any character in LLaVA's expression too, so "The answer is B, since" names B.
+_ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 
 
 def normalize_answer(text: str) -> str:
@@ -37,21 +38,23 @@ def lower_match(prediction: str, answer: str) -> bool:
 def option_letter(prediction: str, options: int) -> str | None:
     """The option that an answer names, by LLaVA's ScienceQA parser; None where it names none.
 
-    "B", "B. because", and "The answer is B." count. An answer without a letter is wrong, it is not
-    matched to an option by its words.
+    "B", "B. because", and "The answer is B." count; "B." does not, nor does a letter beyond the
+    options. An answer without a letter is wrong, it is not matched to an option by its words.
 
     Args:
         prediction: The model's answer.
         options: How many options the question has.
     """
     text = prediction.strip()
-    letters = [chr(ord("A") + index) for index in range(options)]
-    if text in letters:
-        return text
-    if (start := _LEADING_LETTER.match(text)) and start[1] in letters:
-        return start[1]
-    named = _ANSWER_IS.findall(text)
-    return named[0] if len(named) == 1 and named[0] in letters else None
+    letter: str | None
+    if text in _LETTERS:
+        letter = text
+    elif text[:1] in _LETTERS and text[1:3] == ". ":
+        letter = text[0]
+    else:
+        named = _ANSWER_IS.findall(text)
+        letter = named[0] if len(named) == 1 else None
+    return letter if letter in _LETTERS[:options] else None
 
 
 def pope_answer(prediction: str) -> str:
