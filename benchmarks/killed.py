@@ -52,7 +52,7 @@ def main() -> int:
             else:
                 moment = "after a step"
                 _wait_for_a_step(broken, process)
-                time.sleep(chance.uniform(1, 6))
+                time.sleep(chance.uniform(0, 2))
             if process.poll() is not None:
                 print(f"kill {number + 1}: the run was over before")
                 break

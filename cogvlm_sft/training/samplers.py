@@ -92,7 +92,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def report(self) -> BatchReport:
         """Counts over the first steps of the run."""
-        pictures, tokens, places, loads = [], [], [], []
+        pictures, tokens, places = [], [], []
         for number, batch in enumerate(self):
             if number >= _REPORTED_STEPS * self.micro_batches:
                 break
@@ -100,9 +100,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
             pictures.append(seen)
             tokens.append(cost)
             places.append(self._places(batch, cost))
-            loads.append(cost)
         steps = len(tokens) / self.micro_batches
-        together = np.asarray(loads).reshape(-1, self.processes)
+        together = np.asarray(tokens).reshape(-1, self.processes)
         return BatchReport(
             conversations=self.global_batch,
             pictures=sum(pictures) / steps,
