@@ -19,8 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_cogvlm import Angles, CogVLMAttention, Reads, Run
 from .configuration_cogvlm import CogVLMConfig
-from .expert_rows import Parts, add_by_expert, norm_by_expert, swiglu
-from .linear_cogvlm import apply_linear
+from .expert_rows import Parts, add_by_expert, norm_by_expert
+from .linear_cogvlm import apply_gated_linear, apply_linear
 from .token_layout import Routing, gather_rows
 
 
@@ -58,8 +58,9 @@ class CogVLMMLP(nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """(rows, hidden) to the same."""
         gate, up = apply_linear(self.gate_proj, rows), apply_linear(self.up_proj, rows)
-        inner = swiglu(gate, up) if self.activation is None else self.activation(gate) * up
-        return apply_linear(self.down_proj, inner)
+        if self.activation is None:
+            return apply_gated_linear(self.down_proj, gate, up)
+        return apply_linear(self.down_proj, self.activation(gate) * up)
 
 
 class CogVLMExpertMLP(nn.Module):

@@ -20,6 +20,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .expert_rows import swiglu
+
 # Multiply-adds below which preparing oneDNN's kernel costs more than it saves.
 _SMALL = 1 << 22
 
@@ -118,4 +120,44 @@ def apply_linear(layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     return result
 
 
-__all__ = ["apply_linear", "is_plain", "linear"]
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return linear(functional.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, weight = ctx.saved_tensors
+        activated = functional.silu(gate)
+        of_weight = None
+        if ctx.needs_input_grad[2]:
+            inner = activated * up
+            of_weight = linear(gradient.t(), inner.t()).to(weight.dtype)
+            del inner
+        of_inner = linear(gradient, weight.t().to(gradient.dtype))
+        of_up = activated.mul_(of_inner)
+        return torch.ops.aten.silu_backward(of_inner.mul_(up), gate), of_up, of_weight
+
+
+def apply_gated_linear(layer: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`layer(silu(gate) * up)`, the product computed a second time instead of kept.
+
+    Args:
+        layer: linear, without a bias.
+        gate: (rows, inputs).
+        up: (rows, inputs).
+
+    Returns:
+        (rows, outputs).
+    """
+    if not torch.compiler.is_compiling() and is_plain(layer):
+        result: torch.Tensor = _GatedLinear.apply(gate, up, layer.weight)
+        return result
+    return apply_linear(layer, swiglu(gate, up))
+
+
+__all__ = ["apply_gated_linear", "apply_linear", "is_plain", "linear"]

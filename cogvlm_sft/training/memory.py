@@ -205,7 +205,8 @@ def _kept(
         treatment = recipe.tune.groups()[group]
         total += tokens * 2 * inner * width * mlp
         if treatment.mode == "full":
-            total += tokens * shared * width
+            # A plain down projection computes its input a second time.
+            total += tokens * (shared - inner * mlp) * width
         elif treatment.mode == "lora":
             total += tokens * _factor_inputs(recipe, group, treatment, shared, sum(inputs), width)
             total += tokens * len(inputs) * (treatment.rank or 0) * width

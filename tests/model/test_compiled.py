@@ -68,5 +68,5 @@ def test_recomputing_the_mlp_keeps_less_and_changes_nothing(small_config, make_b
         loss.backward()
         kept.append(sum(sizes))
         grads.append([p.grad.clone() for p in model.parameters()])
-    assert kept[1] < 0.8 * kept[0]
+    assert kept[1] < 0.85 * kept[0]
     assert all(torch.equal(left, right) for left, right in zip(*grads, strict=True))

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM, linear_cogvlm
-from cogvlm_sft.model.linear_cogvlm import apply_linear, linear
+from cogvlm_sft.model.linear_cogvlm import apply_gated_linear, apply_linear, linear
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN"
@@ -58,6 +58,29 @@ def test_values_and_gradients(calls: list[torch.Size], bias: bool, shape: tuple[
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gated(frozen: bool, autocast: bool) -> None:
+    """Values and gradients of the plain expression, also under autocast with an fp32 weight."""
+    layer = nn.Linear(24, 40, bias=False).requires_grad_(not frozen)
+    found = []
+    for compute in (
+        lambda gate, up: apply_gated_linear(layer, gate, up),
+        lambda gate, up: layer(nn.functional.silu(gate) * up),
+    ):
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if autocast else torch.float32
+        gate, up = (torch.randn(9, 24, dtype=dtype, requires_grad=True) for _ in range(2))
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output = compute(gate, up)
+        output.float().square().sum().backward()
+        found.append([output, gate.grad, up.grad, layer.weight.grad])
+    tolerance = 0.03 if autocast else 1e-5
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def test_transposed_and_sliced_factors(calls: list[torch.Size]) -> None:
