@@ -2,12 +2,14 @@
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
 )
+
+# Older transformers hand out a placeholder at the top where torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_cogvlm import CogVLMConfig, CogVLMVisionConfig
 from .image_processing_cogvlm import CogVLMImageProcessor
