@@ -50,7 +50,7 @@ class MemoryPlan:
     """Bytes on one device under one way of spreading the work.
 
     Attributes:
-        name: "1 GPU", "CPU", "DDP", "FSDP2" or "ZeRO-3".
+        name: "1 GPU", "CPU", "DDP", "FSDP2", "ZeRO-2" or "ZeRO-3".
         parts: part to bytes.
         largest_micro_batch: conversations of the assumed length that fit; 0 if none does.
         longest_text: tokens of text behind one picture that fit at micro-batch 1; 0 if none does.
@@ -225,7 +225,7 @@ def estimate(
 
     names = ["CPU" if device == "cpu" else "1 GPU"]
     if processes > 1:
-        names = ["DDP"] if recipe.model.quantize else ["DDP", "FSDP2", "ZeRO-3"]
+        names = ["DDP"] if recipe.model.quantize else ["DDP", "FSDP2", "ZeRO-2", "ZeRO-3"]
     full = {name for name, group in recipe.tune.groups().items() if group.mode == "full"}
     images = config.num_image_tokens if tokens > config.num_image_tokens else 0
     work = Work(

@@ -39,7 +39,7 @@ def finish(
     output = recipe.train.output
     held_out = None
     if trainer.eval_dataset is not None:
-        held_out = trainer.evaluate()["eval_loss"]
+        held_out = trainer.held_out()["eval_loss"]
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     metrics = output / METRICS_FILE

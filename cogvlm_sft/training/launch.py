@@ -13,6 +13,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """Number of this process among those of its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def under_fsdp() -> bool:
     """Whether accelerate's launcher asked for FSDP."""
     return _told("ACCELERATE_USE_FSDP")
@@ -21,6 +26,14 @@ def under_fsdp() -> bool:
 def under_deepspeed() -> bool:
     """Whether accelerate's launcher asked for DeepSpeed."""
     return _told("ACCELERATE_USE_DEEPSPEED")
+
+
+def way_of_sharding() -> str | None:
+    """The launcher's way as the estimate names it, "FSDP2", "ZeRO-2" or "ZeRO-3"; None without."""
+    if under_fsdp():
+        return "FSDP2"
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    return f"ZeRO-{stage}" if under_deepspeed() else None
 
 
 def _told(variable: str) -> bool:

@@ -24,6 +24,7 @@ from cogvlm_sft.tune.naming import linears_of
 # NF4: half a byte, a one-byte scale a block of 64, an fp32 scale of those a block of 256.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _SMALLEST_8BIT = 4096  # entries from which bitsandbytes holds moments in 8 bits
+_ZERO_2_BUCKET = 500_000_000  # DeepSpeed's default: gradients that are reduced together
 _EIGHT_BIT_BYTES = 2 * (1 + 4 / 256)
 
 
@@ -120,7 +121,7 @@ def spread(
     """The states of one process of many.
 
     Args:
-        name: "DDP", "FSDP2" or "ZeRO-3"; anything else is one process.
+        name: "DDP", "FSDP2", "ZeRO-2" or "ZeRO-3"; anything else is one process.
         whole: see `states`.
         found: the pieces.
         recipe: of the run.
@@ -135,6 +136,8 @@ def spread(
     width = _width(recipe)
     if name == "DDP":
         return {**whole, "buffers": whole["gradients"]}
+    if name == "ZeRO-2":
+        return _zero_2(whole, found, width, processes)
     if name not in ("FSDP2", "ZeRO-3"):
         return {**whole, "buffers": 0.0}
     units: dict[str, float] = {}
@@ -148,6 +151,21 @@ def spread(
     sharded = {part: size / processes for part, size in whole.items()}
     sharded["bf16 copies"] = 0.0 if name == "FSDP2" else sharded["bf16 copies"]
     return {**sharded, "buffers": 2 * max(units.values()) + max(learnt.values())}
+
+
+def _zero_2(
+    whole: Mapping[str, float], found: list[Piece], width: int, processes: int
+) -> dict[str, float]:
+    """All weights in the recipe's dtype on every GPU; fp32 masters and the rest are spread."""
+    learnt = sum(piece.size for piece in found if piece.learns)
+    masters = 4 * learnt / processes
+    return {
+        "weights": whole["weights"] - 4 * learnt + (masters if width == 2 else 4 * learnt),
+        "bf16 copies": 2 * learnt if width == 2 else 0.0,
+        "gradients": whole["gradients"] / processes,
+        "optimizer": whole["optimizer"] / processes + (masters if width == 4 else 0.0),
+        "buffers": float(width * min(learnt, _ZERO_2_BUCKET)),
+    }
 
 
 def activations(config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float) -> dict[str, float]:

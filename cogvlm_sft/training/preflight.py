@@ -96,8 +96,14 @@ def check_ready(recipe: Recipe, world_size: int) -> None:
             "train …), or name the one to use by CUDA_VISIBLE_DEVICES"
         )
     missing += _not_split(recipe)
+    packages = ("flash_attn", "kernels")
+    if model.attention == "flash_attention_2" and not any(map(_installed, packages)):
+        missing.append(
+            "model.attention: flash_attention_2 needs the package flash-attn; install it, or set "
+            "sdpa, which trains with the FlashAttention-2 that torch ships"
+        )
     service = recipe.train.report_to
-    if service != "none" and importlib.util.find_spec(service) is None:
+    if service != "none" and not _installed(service):
         missing.append(
             f"train.report_to: the package {service} is not installed; pip install {service}"
         )
@@ -109,6 +115,10 @@ def check_ready(recipe: Recipe, world_size: int) -> None:
     if missing:
         listed = "\n".join(f"  - {item}" for item in missing)
         raise RecipeError(f"{recipe.source} cannot run here; missing:\n{listed}")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _not_split(recipe: Recipe) -> list[str]:
@@ -148,8 +158,8 @@ def _memory_short(recipe: Recipe, config: CogVLMConfig, world_size: int) -> list
     """A line where the estimate exceeds what this device has, else nothing."""
     available, device = available_memory(world_size)
     found = estimate(recipe, gpus=world_size, gpu_memory_gib=available / GIB, device=device)
-    sharded = launch.under_fsdp() or launch.under_deepspeed()
-    plan = found.plans[-1] if sharded else found.plans[0]
+    way = launch.way_of_sharding()
+    plan = next((plan for plan in found.plans if plan.name == way), found.plans[0])
     # Activations are a model of what autograd keeps; refuse only what is clearly too much.
     if 0.9 * plan.total <= available:
         return []
@@ -169,7 +179,8 @@ def available_memory(world_size: int = 1) -> tuple[float, str]:
     On the CPU it is what the system or the container's limit leaves, shared by local processes.
     """
     if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0]), "cuda"
+        own = launch.local_rank() % torch.cuda.device_count()
+        return float(torch.cuda.mem_get_info(own)[0]), "cuda"
     free = float(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat")
     try:

@@ -8,17 +8,20 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from cogvlm_sft.training import snapshots
+from cogvlm_sft.training.telemetry import METRICS_FILE
 
 
 @contextlib.contextmanager
 def fresh_output(output: Path, first: bool) -> Iterator[None]:
-    """A run that fails before its first snapshot takes its own output folder away again."""
+    """A run that fails before its first logged step takes its own output folder away again.
+
+    Later, what it logged is what a reader needs to see why.
+    """
     existed = output.exists()
     try:
         yield
     except BaseException:
-        if first and not existed and not snapshots.snapshots(output):
+        if first and not (existed or (output / METRICS_FILE).is_file()):
             shutil.rmtree(output, ignore_errors=True)
         raise
 

@@ -127,6 +127,7 @@ class CogVLMTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._saving_into: Path | None = None
         self._rates_of_step: dict[str, float] = {}
+        self._measured: tuple[int, dict[str, float]] = (-1, {})  # a step's held-out figures
         self.throughput = Throughput(
             model.config,
             trained_matrices(model),
@@ -277,10 +278,16 @@ class CogVLMTrainer(SFTTrainer):
             f"{metric_key_prefix}_accuracy": rows_right / max(rows, 1),
         }
         self.log(dict(metrics))
+        self._measured = (self.state.global_step, metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def held_out(self) -> dict[str, float]:
+        """The held-out figures of this step, measured now unless they were already."""
+        step, metrics = self._measured
+        return metrics if step == self.state.global_step else self.evaluate()
 
     def _get_learning_rate(self) -> float:
         # Called between the optimizer's step and the scheduler's: these are the rates of the step.
@@ -297,10 +304,13 @@ class CogVLMTrainer(SFTTrainer):
         """
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
+                output = Path(self.args.output_dir)
+                last = snapshots.newest_complete(output)
                 raise RecipeError(
                     f"the loss is {logs['loss']} at step {self.state.global_step}; expected a "
                     f"finite number. Lower train.learning_rate ({self.args.learning_rate:g}) or "
-                    "lengthen train.warmup_iterations, and start from the last snapshot"
+                    "lengthen train.warmup_iterations, and start again; "
+                    + (f"the last snapshot is {last}" if last else "no snapshot was written yet")
                 )
             logs |= {f"lr/{group}": rate for group, rate in self._rates_of_step.items()}
             logs |= self.throughput.window(

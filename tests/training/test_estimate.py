@@ -24,8 +24,11 @@ def test_states_of_the_chat_recipe_are_exact() -> None:
     recipe = load_recipe("chat")
     found = estimate(recipe, gpus=8, gpu_memory_gib=80)
     trainable = TOTAL - TOWER
-    ddp, fsdp, zero = found.plans
-    assert [plan.name for plan in found.plans] == ["DDP", "FSDP2", "ZeRO-3"]
+    ddp, fsdp, zero_2, zero = found.plans
+    assert [plan.name for plan in found.plans] == ["DDP", "FSDP2", "ZeRO-2", "ZeRO-3"]
+    # All weights in bf16, and an eighth of: fp32 masters, gradients, two moments.
+    held = ("weights", "bf16 copies", "gradients", "optimizer")
+    assert sum(zero_2.parts[part] for part in held) == 2 * TOTAL + 16 * trainable / 8
     assert ddp.parts["optimizer"] == 8 * trainable
     assert ddp.parts["weights"] == 4 * trainable + 2 * TOWER
     assert ddp.parts["buffers"] == ddp.parts["gradients"] == 4 * trainable

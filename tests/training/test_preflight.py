@@ -16,7 +16,7 @@ from cogvlm_sft.checkpoint.load import (
     save_checkpoint,
 )
 from cogvlm_sft.training import preflight
-from cogvlm_sft.training.estimate import GIB
+from cogvlm_sft.training.estimate import GIB, model_config
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -251,3 +251,33 @@ def test_a_service_that_is_not_installed(
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"report_to: .*pip install wandb"):
         train(make_recipe(train__report_to="wandb"))
+
+
+def test_each_process_looks_at_the_memory_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=0: (10 * device, 80))
+    for name, seen in (("3", 30.0), ("0", 0.0), ("11", 30.0)):
+        monkeypatch.setenv("LOCAL_RANK", name)
+        assert preflight.available_memory(8) == (seen, "cuda")
+
+
+@pytest.mark.parametrize(("stage", "fits"), [("2", False), ("3", True)])
+def test_memory_is_judged_by_the_launchers_stage(
+    monkeypatch: pytest.MonkeyPatch, stage: str, fits: bool
+) -> None:
+    """ZeRO-2 holds all weights on every GPU, ZeRO-3 a part of them."""
+    recipe = load_recipe("chat")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    monkeypatch.setattr(preflight, "available_memory", lambda world: (50.0 * GIB, "cuda"))
+    found = preflight._memory_short(recipe, model_config(recipe)[0], 8)
+    assert (not found) == fits, found
+
+
+def test_flash_attention_wants_its_package(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"model\.attention: flash_attention_2 needs .* set sdpa"):
+        train(make_recipe(model__attention="flash_attention_2"))

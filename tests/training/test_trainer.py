@@ -270,6 +270,16 @@ def test_a_loss_that_is_no_number_ends_the_run(make_recipe: MakeRecipe) -> None:
         train(make_recipe(train__learning_rate=1e30, train__warmup_iterations=0))
 
 
+def test_a_run_that_diverges_keeps_what_it_logged(make_recipe: MakeRecipe) -> None:
+    """Without a snapshot too: its figures are what a reader needs; the same command starts anew."""
+    recipe = make_recipe(train__learning_rate=1e18, train__warmup_iterations=0)
+    for _ in range(2):
+        with pytest.raises(RecipeError, match="start again; no snapshot was written yet"):
+            train(recipe)
+        rows = read_metrics(recipe.train.output / "metrics.jsonl")
+        assert rows[0]["step"] == 1 and len({row["step"] for row in rows}) == len(rows)
+
+
 def test_held_out_loss_is_the_mean_over_all_supervised_tokens(
     make_recipe: MakeRecipe, world: Path, tmp_path: Path
 ) -> None:
@@ -286,7 +296,8 @@ def test_held_out_loss_is_the_mean_over_all_supervised_tokens(
         )
         rows = read_metrics(result.output / "metrics.jsonl")
         held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-        assert [step for step, _ in held_out] == [3, 6, 6]
+        assert [step for step, _ in held_out] == [3, 6], "the last step once"
+        assert result.held_out_loss == held_out[-1][1]
         measured.append([loss for _, loss in held_out])
     assert measured[1] == pytest.approx(measured[0], abs=1e-6)
 
