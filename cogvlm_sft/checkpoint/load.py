@@ -33,6 +33,7 @@ from cogvlm_sft.checkpoint.processor import (
     save_processor,
 )
 from cogvlm_sft.checkpoint.quantized import nf4_config, settle_quantized
+from cogvlm_sft.checkpoint.sharded import is_sharded, load_sharded_weights
 from cogvlm_sft.checkpoint.staging import staged
 from cogvlm_sft.checkpoint.weights import (
     INDEX,
@@ -72,7 +73,8 @@ def load_model(
     stays beside the 4-bit weights, as it was trained.
 
     Args:
-        path: folder with config.json and safetensors weights, or with an adapter.
+        path: folder with config.json and safetensors weights, or with an adapter; or a snapshot in
+            FSDP's shards.
         dtype: "float32", "bfloat16" or a torch dtype that the weights are held in.
         attention: one of transformers' attention implementations, such as "sdpa".
         quantize: parameter groups whose linears are held in NF4 (`checkpoint.quantized`).
@@ -98,6 +100,11 @@ def load_model(
             device=device,
         )
         model = wear_adapter(model, folder, merge=not quantize)
+        if image_size is not None:
+            resize_positions(model, image_size)
+        return model
+    if is_sharded(folder) and not quantize:
+        model = _load_sharded(folder, torch_dtype(dtype), attention, device)
         if image_size is not None:
             resize_positions(model, image_size)
         return model
@@ -135,6 +142,19 @@ def _load_plain(
         fill(model, stored)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval()
+
+
+def _load_sharded(
+    folder: Path, dtype: torch.dtype, attention: str, device: str | torch.device
+) -> CogVLMForCausalLM:
+    """A snapshot that FSDP wrote."""
+    with torch.device("meta"):
+        model: CogVLMForCausalLM = CogVLMForCausalLM._from_config(
+            load_config(folder), dtype=dtype, attn_implementation=attention
+        )
+    model.to_empty(device=device)
+    load_sharded_weights(model, folder)
     return model.eval()
 
 

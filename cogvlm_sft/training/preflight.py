@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from cogvlm_sft.checkpoint.load import build_processor, load_config, load_processor, weight_files
+from cogvlm_sft.checkpoint.sharded import is_sharded
 from cogvlm_sft.conversation import conversation_files
 from cogvlm_sft.errors import CheckpointError, CogVLMSFTError, RecipeError
 from cogvlm_sft.evaluation.run import check_task
@@ -28,7 +29,6 @@ from cogvlm_sft.training import launch, snapshots
 from cogvlm_sft.training.estimate import GIB, estimate, model_config
 from cogvlm_sft.training.samples import prompt_requests
 from cogvlm_sft.training.services import check_service
-from cogvlm_sft.training.shards import is_sharded
 from cogvlm_sft.tune.naming import ADAPTER_CONFIG
 
 RECIPE_FILE = "recipe.yaml"

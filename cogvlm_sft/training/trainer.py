@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 
 from cogvlm_sft.checkpoint.fill import StoredWeights, fill
 from cogvlm_sft.checkpoint.processor import save_processor
+from cogvlm_sft.checkpoint.sharded import is_sharded, load_sharded_moments, load_sharded_weights
 from cogvlm_sft.errors import CheckpointError, RecipeError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.training import snapshots
@@ -39,7 +40,6 @@ from cogvlm_sft.training.optimization import (
     make_optimizer,
     rate_schedule,
 )
-from cogvlm_sft.training.shards import is_sharded, load_sharded_moments, load_sharded_weights
 from cogvlm_sft.training.stopping import is_lost_process
 from cogvlm_sft.training.throughput import Throughput, peak_flops, trained_matrices
 from cogvlm_sft.tune.adapters import AdapterFiles, load_adapter
@@ -351,6 +351,10 @@ class CogVLMTrainer(SFTTrainer):
             self._saving_into = staging
             # Trainer's, not SFTTrainer's, which writes a model card into the output first.
             Trainer._save_checkpoint(self, model, trial)
+            if main and self.is_fsdp_enabled and self.adapter is None:
+                # What makes shards a checkpoint that can be evaluated and talked to.
+                self.model.config.save_pretrained(staging / f"checkpoint-{step}")
+                save_processor(self.processing_class, staging / f"checkpoint-{step}")
             self.accelerator.wait_for_everyone()
             if main:
                 snapshots.publish(

@@ -75,12 +75,13 @@ if __name__ == "__main__":
 
     training_args.is_torch_bf16_gpu_available = lambda: True  # type: ignore[attr-defined]
 
-    config = arguments.SFTConfig
+    class OnADevice(arguments.SFTConfig):
+        """As where GPUs are seen."""
 
-    def on_a_device(**settings: Any) -> Any:
-        return config(**{**settings, "use_cpu": False})
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**{**settings, "use_cpu": False})
 
-    arguments.SFTConfig = on_a_device  # type: ignore[misc, assignment]
+    arguments.SFTConfig = OnADevice  # type: ignore[misc]
     if kind == "fsdp2":
         watch_gradients()
     status = main(["train", recipe])

@@ -18,7 +18,14 @@ import torch
 from safetensors.torch import load_file
 
 from cogvlm_sft import Recipe, train
-from cogvlm_sft.checkpoint.load import build_model, build_processor, make_config, save_checkpoint
+from cogvlm_sft.checkpoint.load import (
+    build_model,
+    build_processor,
+    load_model,
+    load_processor,
+    make_config,
+    save_checkpoint,
+)
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.telemetry import read_metrics
 
@@ -164,12 +171,18 @@ def test_sharded_equals_one_process_and_resumes(
     run(command(recipe("sharded", 1), tmp_path, "first", 2, kind))
     assert_equal_to_whole()
 
+    finished = load_file(sharded / "model.safetensors")
+    last = snapshots.snapshot_folder(sharded, 6)
     # As if it had been killed while it wrote its second snapshot.
     for name in ("config.json", "model.safetensors"):
         (sharded / name).unlink()
-    (snapshots.snapshot_folder(sharded, 6) / "snapshot.json").unlink()
+    (last / "snapshot.json").unlink()
     assert snapshots.newest_complete(sharded) == snapshots.snapshot_folder(sharded, 3)
     if kind == "fsdp2":
+        found = load_model(last).state_dict()
+        for name, value in finished.items():
+            assert torch.equal(found[name], value), name
+        assert load_processor(last)
         stopped = shutil.copytree(sharded, tmp_path / "stopped")
     run(command(recipe("sharded", 2 // afterwards), tmp_path, "second", afterwards, kind))
     assert_equal_to_whole()

@@ -1,4 +1,4 @@
-"""Snapshots that FSDP wrote in shards, read by a run without FSDP.
+"""Snapshots that FSDP wrote in shards, read without FSDP: to go on, to evaluate, to chat.
 
 Tensors are put together in place, one after another, by torch's distributed checkpoint. Of the
 optimizer only tensors are read: its groups and their rates follow from the recipe and the schedule.
