@@ -7,13 +7,15 @@ a fixed (conversation, part) pair; a weight repeats a source in every epoch (2.0
 seeded 30 %, 1.5 is once and a seeded half), so an epoch is finite and the same on every rank.
 """
 
+import json
 import random
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -29,6 +31,17 @@ from cogvlm_sft.data.encode import EncodeResult, LossOn, encode_conversation
 from cogvlm_sft.data.pictures import check_picture, read_picture
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.model.processing_cogvlm import CogVLMProcessor
+
+# What is known of each row, and the rows of an epoch: type codes of `array`.
+_COLUMNS = {
+    "file": "i",
+    "offset": "q",
+    "line": "q",
+    "part": "i",
+    "tokens": "i",
+    "leading": "q",
+    "rows": "q",
+}
 
 
 @dataclass(slots=True)
@@ -129,6 +142,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         loss_on: `all` or `last`.
         seed: Chooses the subset of a fractional weight.
         reduced_decode: Decode large JPEGs at reduced scale (see `read_picture`).
+        index: `index` of a data set of the same arguments and files; nothing is read again then.
 
     Raises:
         DataError: At the first bad record, naming file and line; see `preflight`.
@@ -143,6 +157,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         loss_on: LossOn = "all",
         seed: int = 0,
         reduced_decode: bool = False,
+        index: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         if not sources:
             raise DataError("data.train names no source; give at least one path")
@@ -166,12 +181,29 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         # One entry a row of an epoch.
         self._rows = array("q")
         self._report: DatasetReport | None = None
+        if index is not None:
+            self._restore(index)
         self.preflight()
 
     @property
     def report(self) -> DatasetReport:
         """Counts of conversations, rows and drops."""
         return self.preflight()
+
+    @property
+    def index(self) -> dict[str, np.ndarray]:
+        """What `preflight` found: a column an array, and `facts`, JSON in bytes."""
+        facts = {"files": [str(file) for file in self._files], "report": asdict(self.report)}
+        columns = {f"_{name}": np.asarray(getattr(self, f"_{name}")) for name in _COLUMNS}
+        return columns | {"facts": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)}
+
+    def _restore(self, index: Mapping[str, np.ndarray]) -> None:
+        for name, code in _COLUMNS.items():
+            setattr(self, f"_{name}", array(code, index[f"_{name}"].tobytes()))
+        facts = json.loads(index["facts"].tobytes())
+        self._files = [Path(file) for file in facts["files"]]
+        sources = [SourceReport(**source) for source in facts["report"]["sources"]]
+        self._report = DatasetReport(sources, facts["report"]["rows"])
 
     @property
     def lengths(self) -> list[int]:

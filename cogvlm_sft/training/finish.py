@@ -7,6 +7,7 @@ from cogvlm_sft.checkpoint.staging import staged
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training.provenance import write_card
+from cogvlm_sft.training.row_index import remove_indices
 from cogvlm_sft.training.telemetry import METRICS_FILE, SAMPLES_FILE, plot_loss, read_metrics
 from cogvlm_sft.training.trainer import CogVLMTrainer
 from cogvlm_sft.tune.adapters import AdapterFiles
@@ -55,6 +56,7 @@ def finish(
             with staged(output, last=ADAPTER_CONFIG) as folder:
                 files.save(model, folder, weights)
                 save_processor(processor, folder)
+        remove_indices(output)
     trainer.accelerator.wait_for_everyone()
     return final_loss, held_out
 

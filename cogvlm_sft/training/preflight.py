@@ -27,6 +27,7 @@ from cogvlm_sft.model import CogVLMConfig, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import launch, snapshots
 from cogvlm_sft.training.estimate import GIB, estimate, model_config
+from cogvlm_sft.training.row_index import is_index
 from cogvlm_sft.training.samples import prompt_requests
 from cogvlm_sft.training.services import check_service
 from cogvlm_sft.tune.naming import ADAPTER_CONFIG
@@ -223,7 +224,7 @@ def check_output(recipe: Recipe) -> Path | None:
     advice = "choose another train.output, or remove the folder"
     written = output / RECIPE_FILE
     if not written.is_file():
-        if any(output.iterdir()):
+        if any(not is_index(file) for file in output.iterdir()):
             raise RecipeError(
                 f"{recipe.source}: train.output {output} holds files that are not of a training "
                 f"run; {advice}"

@@ -29,7 +29,7 @@ from cogvlm_sft.data.collator import CogVLMCollator
 from cogvlm_sft.data.mixture import ConversationDataset
 from cogvlm_sft.data.packing import SharedImageCollator
 from cogvlm_sft.errors import CheckpointError, TrainingError
-from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
+from cogvlm_sft.model import CogVLMForCausalLM
 from cogvlm_sft.recipe import Recipe
 from cogvlm_sft.training import launch, snapshots
 from cogvlm_sft.training.arguments import training_arguments
@@ -41,6 +41,7 @@ from cogvlm_sft.training.preflight import (
     processor_for,
 )
 from cogvlm_sft.training.provenance import check_same_data, write_run_file
+from cogvlm_sft.training.row_index import dataset_of
 from cogvlm_sft.training.samplers import GlobalBatchSampler, batches_of
 from cogvlm_sft.training.samples import PromptSamples
 from cogvlm_sft.training.services import service_run
@@ -100,11 +101,13 @@ def train(recipe: Recipe) -> TrainResult:
     if resume_from is not None:
         check_same_data(recipe)
     processor = processor_for(recipe)
-    dataset = _dataset(recipe, processor, [(s.path, s.weight) for s in recipe.data.train])
-    held_out = None
-    if recipe.data.validation is not None:
-        held_out = _dataset(recipe, processor, [(recipe.data.validation, 1.0)])
     with deterministic(), quiet(), fresh_output(recipe.train.output, first):
+        sources = [(source.path, source.weight) for source in recipe.data.train]
+        dataset = dataset_of(recipe, processor, "train", sources)
+        held_out = None
+        if recipe.data.validation is not None:
+            sources = [(recipe.data.validation, 1.0)]
+            held_out = dataset_of(recipe, processor, "validation", sources)
         set_seed(recipe.train.seed)
         # transformers splits weights under ZeRO-3 as soon as it knows the arguments. Those that are
         # read are split as they come; fresh ones must be drawn whole, or they would be other ones.
@@ -232,20 +235,6 @@ def _agree(resume_from: Path | None) -> None:
             f"the processes would go on from different snapshots (steps {steps}); train.output "
             "must be one folder that all machines see"
         )
-
-
-def _dataset(
-    recipe: Recipe, processor: CogVLMProcessor, sources: list[tuple[Path, float]]
-) -> ConversationDataset:
-    return ConversationDataset(
-        sources=sources,
-        processor=processor,
-        image_root=recipe.data.image_root,
-        max_length=recipe.data.max_length,
-        loss_on=recipe.data.loss_on,
-        seed=recipe.train.seed,
-        reduced_decode=recipe.data.reduced_decode,
-    )
 
 
 def _fresh_model(recipe: Recipe) -> CogVLMForCausalLM:

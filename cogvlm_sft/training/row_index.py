@@ -1,0 +1,150 @@
+"""The conversations of a run, read and encoded by its first process only.
+
+Checking every record and opening every picture takes a while, and from every GPU's process it would
+be that often as much work for one shared disk. The first process writes what it found, an index of
+rows, beside the run's logs; the others wait for it, and a run that goes on starts from it. A key
+names what the index was made of: the data's digests, the settings of encoding, the tokenizer. The
+index of other ones is made anew.
+"""
+
+import hashlib
+import json
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from cogvlm_sft.conversation import conversation_files
+from cogvlm_sft.data.mixture import ConversationDataset
+from cogvlm_sft.errors import CheckpointError, DataError
+from cogvlm_sft.model import CogVLMProcessor
+from cogvlm_sft.recipe import Recipe
+from cogvlm_sft.training import launch
+from cogvlm_sft.training.provenance import data_digests
+
+_PREFIX = "rows-"
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+
+def dataset_of(
+    recipe: Recipe,
+    processor: CogVLMProcessor,
+    name: str,
+    sources: Sequence[tuple[Path, float]],
+) -> ConversationDataset:
+    """Conversations by a recipe's settings; every process calls this.
+
+    Args:
+        recipe: of the run.
+        processor: encodes them.
+        name: of the index, one each for what is trained on and what is held out.
+        sources: (file or build folder, weight) pairs.
+
+    Raises:
+        DataError: a record or picture is unusable, or this process sees other data than the first.
+        CheckpointError: `train.output` cannot be written to.
+    """
+    file = recipe.train.output / f"{_PREFIX}{name}.npz"
+    key = _key(recipe, processor, sources)
+    index = _read(file, key)
+    if index is None and launch.rank() > 0:
+        index = _wait_for(file, key)
+    dataset = ConversationDataset(
+        sources=sources,
+        processor=processor,
+        image_root=recipe.data.image_root,
+        max_length=recipe.data.max_length,
+        loss_on=recipe.data.loss_on,
+        seed=recipe.train.seed,
+        reduced_decode=recipe.data.reduced_decode,
+        index=index,
+    )
+    if index is None:
+        _write(file, key, dataset.index)
+    return dataset
+
+
+def is_index(file: Path) -> bool:
+    """Whether a file of a run's folder is an index, or one that is being written."""
+    return file.name.startswith(_PREFIX)
+
+
+def remove_indices(output: Path) -> None:
+    """A finished run needs them no more."""
+    for file in output.glob(f"{_PREFIX}*"):
+        file.unlink()
+
+
+def _key(
+    recipe: Recipe, processor: CogVLMProcessor, sources: Sequence[tuple[Path, float]]
+) -> np.ndarray:
+    """SHA-256 over all that the index follows from, (32,) of uint8."""
+    files = [file for path, _ in sources for file in conversation_files(path)]
+    tokenizer = processor.tokenizer
+    made_of = {
+        "version": version("cogvlm-sft"),
+        "sources": [(str(path), weight) for path, weight in sources],
+        "digests": data_digests(recipe),
+        "files": [(str(file), file.stat().st_size) for file in files],
+        "root": str(recipe.data.image_root),
+        "max_length": recipe.data.max_length,
+        "loss_on": recipe.data.loss_on,
+        "seed": recipe.train.seed,
+        "processor": processor.to_json_string(),
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": str(tokenizer.special_tokens_map),
+    }
+    digest = hashlib.sha256(json.dumps(made_of, default=str).encode()).digest()
+    return np.frombuffer(digest, dtype=np.uint8)
+
+
+def _read(file: Path, key: np.ndarray) -> dict[str, np.ndarray] | None:
+    """The index, if it is there, whole, and of this key."""
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            index = dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    return index if np.array_equal(index.pop("key", None), key) else None
+
+
+def _wait_for(file: Path, key: np.ndarray) -> dict[str, np.ndarray]:
+    """The index that the first process writes; if that one fails, the launcher ends this one.
+
+    Raises:
+        DataError: it was written of other data.
+    """
+    before = _stamp(file)
+    while True:
+        stamp = _stamp(file)
+        if (index := _read(file, key)) is not None:
+            return index
+        if stamp != before:
+            raise DataError(
+                f"{file}: process {launch.rank()} finds other conversations, or another tokenizer, "
+                "than process 0; expected one file system that all machines see"
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _stamp(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.is_file() else 0
+
+
+def _write(file: Path, key: np.ndarray, index: Mapping[str, np.ndarray]) -> None:
+    """Beside its place and renamed.
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+    """
+    beside = file.with_suffix(".writing")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as stream:
+            np.savez_compressed(stream, allow_pickle=False, key=key, **index)
+        beside.replace(file)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be written: {error}") from None
