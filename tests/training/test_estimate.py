@@ -13,7 +13,7 @@ import pytest
 
 from cogvlm_sft import Recipe, RecipeError, load_recipe
 from cogvlm_sft.cli import main
-from cogvlm_sft.training.estimate import GIB, estimate
+from cogvlm_sft.training.estimate import GIB, MemoryPlan, estimate
 
 MakeRecipe = Callable[..., Recipe]
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +60,62 @@ def test_the_figures_of_recipes_are_the_estimates() -> None:
             found.append((path.stem, 1, int(size), round(estimate(recipe).plans[0].total / GIB)))
     assert {name for name, *_ in found} == {"chat", "chat_cogvlm2"} and len(found) == 4
     assert [row for row in found if row[2] != row[3]] == []
+
+
+PARTS = (
+    "weights", "bf16 copies", "gradients", "optimizer", "buffers", "activations", "logits",
+    "workspace",
+)  # fmt: skip
+QLORA_ROWS = {
+    "`chat_qlora`": [],
+    "the tower in 4 bits too": [
+        "model.quantize={groups: [language, visual_expert, vision_tower]}",
+    ],
+    "GLU frozen": ["tune.adapter.mode=frozen"],
+    "`optimizer: adamw`": ["train.optimizer=adamw"],
+    "`variant: dora`": ["tune.language.variant=dora", "tune.visual_expert.variant=dora"],
+    "micro-batch 4": ["train.micro_batch_size=4"],
+    "micro-batch 8": ["train.micro_batch_size=8"],
+    "no gradient checkpointing": ["train.gradient_checkpointing=false"],
+}
+ONE, KEPT = ["train.micro_batch_size=1"], ["train.gradient_checkpointing=false"]
+ROWS = [
+    ("`chat_lora`, micro-batch 1, 512 text", "1 GPU", "chat_lora", [*ONE, "data.max_length=1740"]),
+    ("`chat_lora`, micro-batch 4", "1 GPU", "chat_lora", []),
+    (
+        "without gradient checkpointing",
+        "1 GPU",
+        "chat_lora",
+        ["train.gradient_checkpointing=false"],
+    ),
+    ("`chat`, micro-batch 1", "1 GPU", "chat", ONE),
+    ("`chat`, micro-batch 10", "8, DDP", "chat", []),
+    ("", "8, FSDP2", "chat", []),
+    ("", "8, ZeRO-2", "chat", []),
+    ("", "8, ZeRO-3", "chat", []),
+    ("", "64, FSDP2", "chat", []),
+    ("`chat_v1_1`", "8, FSDP2", "chat_v1_1", []),
+]
+
+
+def test_the_tables_of_the_memory_page_are_the_estimates() -> None:
+    page = re.sub(" +", " ", (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"))
+
+    def line(head: str, plan: MemoryPlan, parts: tuple[str, ...]) -> str:
+        sizes = [f"{plan.parts[part] / GIB:.1f}" if plan.parts[part] else "" for part in parts]
+        cells = " | ".join([head, *sizes, f"**{plan.total / GIB:.1f}**"])
+        return re.sub(" +", " ", f"| {cells} |")
+
+    wanted = []
+    for head, changes in QLORA_ROWS.items():
+        (plan,) = estimate(load_recipe("chat_qlora", changes), gpu_memory_gib=24).plans
+        wanted.append(line(head, plan, tuple(part for part in PARTS if part != "buffers")))
+    for head, way, name, changes in ROWS:
+        count, _, kind = way.partition(", ")
+        found = estimate(load_recipe(name, changes), gpus=int(count.split()[0]))
+        plan = next(plan for plan in found.plans if plan.name == (kind or "1 GPU"))
+        wanted.append(line(f"{head} | {way}", plan, PARTS))
+    assert [row for row in wanted if row not in page] == []
 
 
 def test_work_is_operations_over_the_stated_rate() -> None:
