@@ -261,7 +261,9 @@ class CogVLMProcessor(ProcessorMixin):
         Raises:
             ModelInputError: A system message or an unknown style, and as `__call__`.
         """
-        if "default_style" in self._resolve_chat_template(chat_template):
+        own = self.chat_template
+        named = own if isinstance(own, dict) else {"default": own}
+        if "default_style" in (named.get(chat_template or "default", chat_template) or ""):
             kwargs.setdefault("default_style", self.style)
         try:
             if kwargs.get("tokenize") and not kwargs.get("add_generation_prompt"):
