@@ -22,9 +22,12 @@ words = st.one_of(
     st.lists(pieces, min_size=1, max_size=6).map("".join),
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12),
 )
-# U+2581 is how sentencepiece writes a space: at the start of a text it is one, and is not doubled.
+# U+2581 is how sentencepiece writes a space, and at the ends of a text it is one: not doubled at
+# the start, and one with the answer's own behind a bare question. Real spaces there are stripped.
 words = words.filter(
-    lambda text: text.strip() and "<image>" not in text and text.strip()[0] != "\u2581"
+    lambda text: (
+        (bare := text.strip()) and "<image>" not in bare and "\u2581" not in (bare[0], bare[-1])
+    )
 )
 
 
