@@ -1,8 +1,9 @@
 """Builds what a recipe describes, or leaves everything as it was and says why.
 
-The build grows in a work folder beside its destination and takes its place in one rename, so an
+The build grows in a work folder beside its destination and takes its place by rename, so an
 earlier build stays whole whatever happens. What ends it early decides what is kept: a kill, Ctrl-C,
-a full disk or a dead worker leave the finished shards to go on with; a mistake leaves nothing.
+a full disk or a dead worker leave the finished shards to go on with; a mistake leaves nothing,
+since what mends it (another recipe, another file) would make the finished work anew anyway.
 """
 
 import errno
@@ -13,6 +14,7 @@ from typing import Any
 
 from cogvlm_sft.errors import CogVLMSFTError, DataError
 from data_builders.engine import WorkerDied
+from data_builders.manifest import is_build
 from data_builders.pipeline import run_pipeline
 from data_builders.recipe import BuildRecipe, load_recipe
 from data_builders.workfolder import WorkFolder, work_folder
@@ -92,7 +94,8 @@ def build_recipe(recipe: BuildRecipe) -> BuildResult:
     out = recipe.out
     if not out.name or (out.exists() and not _replaceable(out)):
         raise DataError(
-            f"{out}: exists and is not a build folder (no manifest.json); choose another `out`"
+            f"{out}: exists and is not a build folder (no build's manifest.json); choose another "
+            "`out`"
         )
     try:
         with work_folder(out) as work:
@@ -141,4 +144,5 @@ def _disk_full(out: Path) -> DataError:
 
 
 def _replaceable(out: Path) -> bool:
-    return out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))
+    """Whether there is a build, or an empty folder: other programs write a manifest.json too."""
+    return out.is_dir() and (is_build(out) or not any(out.iterdir()))

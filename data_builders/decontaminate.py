@@ -8,19 +8,22 @@ pictures; real COCO numbers stay below a million.
 
 import csv
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cogvlm_sft.errors import DataError
 from data_builders.annotations import read_records
+from data_builders.hash_bands import bands
 from data_builders.image_check import ImageLimits
 from data_builders.images import SUFFIXES, picture_key
 from data_builders.mix import Ledger
 from data_builders.picture_shards import check_images
-from data_builders.recipe import BuildRecipe
+from data_builders.recipe import BuildRecipe, Decontaminate
 from data_builders.workfolder import WorkFolder
 
-_KEYS = ("image_id", "image", "imageId", "coco_id", "cocoid", "file_name", "filename", "img_path")
+_COCO_KEYS = ("coco_id", "cocoid")
+_KEYS = ("image_id", "image", "imageId", "file_name", "filename", "img_path")
 _WRAPPERS = ("images", "data", "questions", "annotations")
 
 
@@ -40,62 +43,118 @@ def picture_id(name: str, coco: bool = False) -> str:
 def held_out_ids(path: Path) -> set[str]:
     """Ids in a list: JSON or JSON Lines with a known key, CSV, or one a line of text.
 
-    Bare numbers are COCO ids if the file's name says `coco`, as those of VQAv2, OKVQA and RefCOCO
-    do, and Visual Genome ids otherwise.
+    Bare numbers are COCO ids under `coco_id` and `cocoid`, and if the file's name says `coco`, as
+    those of VQAv2, OKVQA and RefCOCO do; they are Visual Genome ids otherwise.
 
     Raises:
         DataError: The file is missing, or holds no id.
     """
     coco = "coco" in path.name.lower()
-    found = {picture_id(name, coco) for name in _names(path) if name}
+    found = {picture_id(name, coco or key in _COCO_KEYS) for key, name in _names(path) if name}
     if not found:
         raise DataError(
             f"{path}: no image id found; expected one a line, or JSON objects with one of "
-            f"{', '.join(_KEYS)}"
+            f"{', '.join((*_COCO_KEYS, *_KEYS))}"
         )
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a build must not show, read before the build's own work begins.
+
+    Attributes:
+        lists: Ids of each list, by path.
+        folders: Picture files of each folder, relative to it, by path.
+        twins: COCO id of a Visual Genome id.
+    """
+
+    lists: dict[Path, set[str]]
+    folders: dict[Path, list[str]]
+    twins: dict[str, str]
+
+
+def read_held_out(rules: Decontaminate) -> HeldOut:
+    """Reads the lists, and lists the folders.
+
+    Raises:
+        DataError: A list or folder is missing, broken or empty.
+    """
+    lists: dict[Path, set[str]] = {}
+    folders: dict[Path, list[str]] = {}
+    for path in rules.against:
+        if not path.exists():
+            raise DataError(f"decontaminate.against: {path} does not exist")
+        if not path.is_dir():
+            lists[path] = held_out_ids(path)
+            continue
+        folders[path] = sorted(
+            str(file.relative_to(path))
+            for file in path.rglob("*")
+            if file.suffix.lower() in SUFFIXES
+        )
+        if not folders[path]:
+            raise DataError(f"{path}: holds no picture to decontaminate against")
+    return HeldOut(lists, folders, coco_twins(rules.visual_genome) if rules.visual_genome else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Where a build and a held-out set meet.
+
+    Attributes:
+        pictures: Picture numbers of the ledger that the set holds.
+        unreadable: Pictures of the set that cannot be compared with.
+    """
+
+    pictures: set[int]
+    unreadable: int = 0
+
+
 def overlap(
-    ledger: Ledger, recipe: BuildRecipe, hashes: dict[int, int], work: WorkFolder
-) -> dict[str, set[int]]:
-    """Picture numbers of the ledger that occur in each held-out set.
+    ledger: Ledger,
+    held_out: HeldOut,
+    recipe: BuildRecipe,
+    hashes: dict[int, int],
+    work: WorkFolder,
+) -> dict[str, Overlap]:
+    """What of the ledger occurs in each held-out set, by path as the recipe lists them.
 
     Args:
         ledger: The records.
-        recipe: Lists of ids and folders of pictures, and how near a hash must be.
+        held_out: The sets.
+        recipe: How near a hash must be, and who decodes.
         hashes: Perceptual hash of each picture number; needed for folders only.
         work: Keeps the hashes of held-out pictures.
 
     Raises:
-        DataError: A list or folder is missing or empty.
+        DataError: None of a folder's pictures can be read.
     """
     rules = recipe.decontaminate
     ids = [picture_id(path) for path in ledger.pictures]
-    twins = coco_twins(rules.visual_genome) if rules.visual_genome else {}
-    found: dict[str, set[int]] = {}
+    found: dict[str, Overlap] = {}
     for place, path in enumerate(rules.against):
-        if not path.exists():
-            raise DataError(f"decontaminate.against: {path} does not exist")
-        if path.is_dir():
-            files = sorted(
-                str(file.relative_to(path))
-                for file in path.rglob("*")
-                if file.suffix.lower() in SUFFIXES
-            )
-            if not files:
-                raise DataError(f"{path}: holds no picture to decontaminate against")
+        if path in held_out.folders:
             facts = check_images(
-                path, files, ImageLimits(1, float("inf")), True, recipe.workers, recipe.engine,
-                work, f"heldout{place:02d}", f"held out: {path.name}",
+                path, held_out.folders[path], ImageLimits(1, float("inf")), True, recipe.workers,
+                recipe.engine, work, f"heldout{place:02d}", f"held out: {path.name}",
             )  # fmt: skip
             theirs = [fact.phash for fact in facts if fact.phash is not None]
-            found[str(path)] = _near(hashes, theirs, rules.near)
+            if not theirs:
+                raise DataError(
+                    f"decontaminate.against: none of the {len(facts):,} pictures in {path} can be "
+                    "read; fetch them again"
+                )
+            found[str(path)] = Overlap(_near(hashes, theirs, rules.near), len(facts) - len(theirs))
         else:
-            held = held_out_ids(path)
-            found[str(path)] = {
-                number for number, name in enumerate(ids) if name in held or twins.get(name) in held
-            }
+            held = held_out.lists[path]
+            found[str(path)] = Overlap(
+                {
+                    number
+                    for number, name in enumerate(ids)
+                    if name in held or held_out.twins.get(name) in held
+                }
+            )
     return found
 
 
@@ -124,23 +183,22 @@ def coco_twins(path: Path) -> dict[str, str]:
 
 
 def _near(ours: dict[int, int], theirs: list[int], bits: int) -> set[int]:
-    bands = [(64 * k // (bits + 1), 64 * (k + 1) // (bits + 1)) for k in range(bits + 1)]
     table: dict[tuple[int, int], list[int]] = {}
     for value in theirs:
-        for k, (low, high) in enumerate(bands):
-            table.setdefault((k, (value >> low) & ((1 << (high - low)) - 1)), []).append(value)
+        for band in bands(value, bits):
+            table.setdefault(band, []).append(value)
     return {
         number
         for number, value in ours.items()
         if any(
             (value ^ other).bit_count() <= bits
-            for k, (low, high) in enumerate(bands)
-            for other in table.get((k, (value >> low) & ((1 << (high - low)) - 1)), ())
+            for band in bands(value, bits)
+            for other in table.get(band, ())
         )
     }
 
 
-def _names(path: Path) -> Iterator[str]:
+def _names(path: Path) -> Iterator[tuple[str, str]]:
     ending = path.suffix.lower()
     if ending in (".json", ".jsonl", ".ndjson"):
         for batch in read_records(path, _WRAPPERS):
@@ -154,19 +212,21 @@ def _names(path: Path) -> Iterator[str]:
                     yield from _names_of(row)
             else:
                 for line in stream:
-                    yield line.strip()
+                    yield "", line.strip()
     except FileNotFoundError:
         raise DataError(f"{path}: no such list of held-out images") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8 text; expected one image id a line") from None
 
 
-def _names_of(record: Any) -> Iterator[str]:
+def _names_of(record: Any) -> Iterator[tuple[str, str]]:
+    """Keys and names of a record: its COCO id, and the first of the other keys that it has."""
     if isinstance(record, str | int):
-        yield str(record)
+        yield "", str(record)
     elif isinstance(record, dict):
-        for key in (*_KEYS, "id"):
-            value = record.get(key)
-            if isinstance(value, str | int) and not isinstance(value, bool):
-                yield str(value)
-                return
+        for keys in (_COCO_KEYS, (*_KEYS, "id")):
+            for key in keys:
+                value = record.get(key)
+                if isinstance(value, str | int) and not isinstance(value, bool):
+                    yield key, str(value)
+                    break

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data_builders.hash_bands import bands
 from data_builders.image_check import ImageFacts
 from data_builders.mix import Ledger
 
@@ -102,8 +103,7 @@ def _same_texts(ledger: Ledger) -> Iterator[list[int]]:
 def _near_in_group(
     records: list[int], ledger: Ledger, facts: dict[int, ImageFacts], bits: int
 ) -> list[tuple[int, int]]:
-    """Pairs within records of equal text. Hashes that differ in d bits share one of d+1 bands."""
-    bands = [(64 * k // (bits + 1), 64 * (k + 1) // (bits + 1)) for k in range(bits + 1)]
+    """Pairs within records of equal text."""
     kept: dict[tuple[int, int], list[tuple[int, ImageFacts]]] = {}
     pairs: list[tuple[int, int]] = []
     for record in records:
@@ -111,9 +111,7 @@ def _near_in_group(
         fact = facts.get(pictures[0]) if len(pictures) == 1 else None
         if fact is None or fact.phash is None:
             continue
-        value = fact.phash
-        slots = [(k, (value >> low) & ((1 << (high - low)) - 1)) for k, (low, high) in
-                 enumerate(bands)]  # fmt: skip
+        slots = bands(fact.phash, bits)
         twin = next(
             (
                 other

@@ -208,6 +208,16 @@ def read_manifest(build_dir: Path) -> dict[str, Any]:
     return content
 
 
+def is_build(folder: Path) -> bool:
+    """Whether a folder's `manifest.json` is that of a build, of whatever schema."""
+    try:
+        content = orjson.loads((folder / "manifest.json").read_bytes())
+    except (orjson.JSONDecodeError, OSError):
+        return False
+    made_by = content.get("versions") if isinstance(content, dict) else None
+    return isinstance(made_by, dict) and "cogvlm-sft" in made_by and "schema" in content
+
+
 def verify(
     build_dir: Path | str, image_root: Path | str | None = None, workers: int | None = None
 ) -> VerifyReport:

@@ -8,7 +8,7 @@ relative to its neighbours of the same source.
 
 import os
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
-from data_builders.recipe import SourceEntry
-from data_builders.source import EXAMPLES, Drop, Processed
+from cogvlm_sft.errors import DataError
+from data_builders.source import EXAMPLES, Drop, Processed, Source
 
 _COLUMNS = {
     "keys": np.uint64, "texts": np.uint64, "exact": np.uint64, "lengths": np.uint32,
@@ -154,7 +154,8 @@ class Ledger:
             of_source = going[self.columns["source"][going] == number]
             if len(of_source):
                 self.drops[name][reason] += int(self.columns["units"][of_source].sum())
-                for record in of_source[:EXAMPLES]:
+                shown_already = sum(e.reason == reason for e in self.examples[name])
+                for record in of_source[: EXAMPLES - shown_already]:
                     line = orjson.loads(self.line(int(record)))
                     meta = line["meta"]
                     shown = f"{line['images']} {line['messages'][0]['content']}"[:240]
@@ -169,33 +170,44 @@ class Ledger:
         offset, length = self.columns["offset"][record], self.columns["lengths"][record]
         return os.pread(self._spill.fileno(), int(length), int(offset))
 
-    def order(self, entries: list[SourceEntry], seed: int) -> list[Any]:
-        """Applies caps, weights and quotas; what they leave out is dropped by name.
+    def order(self, sources: list[Source], seed: int) -> list[Any]:
+        """Applies weights, then caps, or quotas; what they leave out is dropped by name.
 
         Args:
-            entries: The sources of the recipe.
+            sources: The sources of the recipe.
             seed: The seed of the build.
 
         Returns:
             Two arrays, in the order of the build: record numbers, and which copy (0 first).
+
+        Raises:
+            DataError: A source with a quota has no conversation left to repeat.
         """
         records: list[Any] = []
         copies: list[Any] = []
         keys: list[Any] = []
-        for number, entry in enumerate(entries):
+        for number, source in enumerate(sources):
+            entry = source.entry
             own = np.flatnonzero(self.alive & (self.columns["source"] == number))
             own = own[np.argsort(self.columns["keys"][own], kind="stable")]
-            if entry.max is not None and len(own) > entry.max:
-                self._drop_list(own[entry.max :], "over_max")
-                own = own[: entry.max]
+            if source.limit is not None:
+                own = self._within(own, *source.limit)
+            weighted = int(entry.weight) * len(own) + round(len(own) * (entry.weight % 1))
+            wanted = min(weighted, entry.max or weighted)
             if entry.quota is not None:
-                whole, rest = divmod(entry.quota, max(1, len(own)))
-            else:
-                whole, rest = int(entry.weight), round(len(own) * (entry.weight % 1))
+                if not len(own):
+                    raise DataError(
+                        f"source {entry.name}: a quota of {entry.quota:,}, and no conversation is "
+                        f"left of {self.read[entry.name]:,} records read (dropped: "
+                        f"{self.why(entry.name)})"
+                    )
+                weighted, wanted = len(own), entry.quota
+            whole, rest = divmod(wanted, max(1, len(own)))
             partial = own[:rest]
             if not whole:
-                reason = "left_out_by_weight" if entry.quota is None else "over_quota"
-                self._drop_list(own[rest:], reason)
+                reason = "over_max" if entry.quota is None else "over_quota"
+                self._drop_list(own[rest:weighted], reason)
+                self._drop_list(own[weighted:], "left_out_by_weight")
             for copy in range(whole + 1 if len(own) else 0):
                 chosen = own if copy < whole else partial
                 records.append(chosen)
@@ -205,6 +217,34 @@ class Ledger:
             return [np.zeros(0, np.int64), np.zeros(0, np.uint32)]
         by_key = np.argsort(np.concatenate(keys), kind="stable")
         return [np.concatenate(records)[by_key], np.concatenate(copies)[by_key]]
+
+    def _within(self, records: Any, answer: str, share: float) -> Any:
+        """The records in an order of which every beginning keeps an answer's share.
+
+        So whatever a cap or a weight takes from it keeps the share, too. Records in excess of it
+        are dropped.
+        """
+        ordered: list[int] = []
+        waiting: deque[int] = deque()
+        placed = 0
+        for record in records.tolist():
+            said = orjson.loads(self.line(record))["messages"][-1]["content"]
+            if said.lower() == answer:
+                waiting.append(record)
+            else:
+                ordered.append(record)
+            while waiting and placed + 1 <= share * (len(ordered) + 1) + 1e-9:
+                ordered.append(waiting.popleft())
+                placed += 1
+        if waiting:
+            self._drop_list(list(waiting), f"{answer}_over_share")
+        return np.array(ordered, np.int64)
+
+    def why(self, source: str | None = None) -> str:
+        """The most frequent reasons to drop, of one source or of all, as text."""
+        names = self.sources if source is None else [source]
+        drops = sum((self.drops[name] for name in names), Counter())
+        return ", ".join(f"{n:,} {reason}" for reason, n in drops.most_common(5))
 
     def _drop_list(self, records: Any, reason: str) -> None:
         mask = np.zeros(len(self.alive), bool)

@@ -17,7 +17,7 @@ import orjson
 
 from cogvlm_sft.errors import DataError, RecipeError
 from data_builders.archives import is_archive, resolve
-from data_builders.decontaminate import overlap
+from data_builders.decontaminate import HeldOut, overlap, read_held_out
 from data_builders.deduplicate import drop_copies, drop_exact, drop_near
 from data_builders.image_check import ImageFacts, ImageLimits
 from data_builders.images import ImageFinder
@@ -28,6 +28,7 @@ from data_builders.recipe import BuildRecipe, SourceEntry
 from data_builders.record_shards import process_sources
 from data_builders.report import write_report
 from data_builders.source import Source, load_source
+from data_builders.token_count import counter_of
 from data_builders.workfolder import WorkFolder
 from data_builders.write_shards import write_shards
 
@@ -47,6 +48,8 @@ def run_pipeline(work: WorkFolder, recipe: BuildRecipe) -> dict[str, Any]:
         DataError: A file is missing or broken, or nothing is left to write.
     """
     _check_together(recipe)
+    held_out = read_held_out(recipe.decontaminate)
+    counter_of(recipe.tokenizer)  # the report counts in the end; a mistake shows now
     entries, refused = _unpacked(recipe)
     root = _image_root(recipe, entries)
     sources = [load_source(entry.source)(entry) for entry in entries]
@@ -69,12 +72,11 @@ def run_pipeline(work: WorkFolder, recipe: BuildRecipe) -> dict[str, Any]:
         twins: list[tuple[int, int]] = []
         if recipe.deduplicate.near is not None:
             twins = drop_near(ledger, facts, recipe.deduplicate.near)
-        held_out = _decontaminate(ledger, recipe, hashes, work)
-        records, copies = ledger.order(entries, recipe.seed)
+        met = _decontaminate(ledger, held_out, recipe, hashes, work)
+        records, copies = ledger.order(sources, recipe.seed)
         if not len(records):
-            drops = sum((ledger.drops[name] for name in ledger.sources), Counter())
-            why = ", ".join(f"{n:,} {reason}" for reason, n in drops.most_common(5))
-            if set(drops) == {"held_out_split"}:
+            why = ledger.why()
+            if all(set(drops) <= {"held_out_split"} for drops in ledger.drops.values()) and why:
                 why += "; for a build to evaluate on, name the split in the source's `splits`"
             raise DataError(
                 f"no conversation is left of {sum(ledger.read.values()):,} records read"
@@ -90,8 +92,8 @@ def run_pipeline(work: WorkFolder, recipe: BuildRecipe) -> dict[str, Any]:
             sources=sources,
             ledger=ledger,
             written=_written(ledger, records),
-            pictures=_picture_counts(ledger, facts),
-            held_out=held_out,
+            pictures=_picture_counts(ledger, records, facts),
+            held_out=met,
             refused=refused,
             files=write_shards(work, staging, ledger, records, copies, recipe.shard_size),
         )
@@ -161,9 +163,11 @@ def _fingerprint(
     finders: list[ImageFinder],
 ) -> str:
     """A hash of all that the finished shards of an interrupted build depend on."""
+    rules = recipe.decontaminate
+    listed = rules.against + ([rules.visual_genome] if rules.visual_genome else [])
     held_out = [
         [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-        for path in recipe.decontaminate.against
+        for path in listed
         for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
         if file.is_file()
     ]
@@ -202,19 +206,25 @@ def _look_at_pictures(
 
 
 def _decontaminate(
-    ledger: Ledger, recipe: BuildRecipe, hashes: dict[int, int], work: WorkFolder
+    ledger: Ledger,
+    held_out: HeldOut,
+    recipe: BuildRecipe,
+    hashes: dict[int, int],
+    work: WorkFolder,
 ) -> dict[str, Any]:
-    held_out: dict[str, Any] = {}
-    for name, numbers in overlap(ledger, recipe, hashes, work).items():
-        mask = ledger.with_pictures(numbers) & ledger.alive
-        held_out[name] = {
-            "pictures": len(numbers),
+    """Counts what held-out sets share with the build, and drops it unless it is only reported."""
+    table: dict[str, Any] = {}
+    for name, met in overlap(ledger, held_out, recipe, hashes, work).items():
+        mask = ledger.with_pictures(met.pictures) & ledger.alive
+        table[name] = {
+            "pictures": len(met.pictures),
             "records": int(ledger.columns["units"][mask].sum()),
+            "unreadable": met.unreadable,
             "mode": recipe.decontaminate.mode,
         }
         if recipe.decontaminate.mode == "drop":
             ledger.drop(mask, "held_out_picture")
-    return held_out
+    return table
 
 
 def _written(ledger: Ledger, records: Any) -> dict[str, dict[str, int]]:
@@ -230,10 +240,12 @@ def _written(ledger: Ledger, records: Any) -> dict[str, dict[str, int]]:
     return table
 
 
-def _picture_counts(ledger: Ledger, facts: dict[int, ImageFacts]) -> dict[str, Any]:
+def _picture_counts(ledger: Ledger, records: Any, facts: dict[int, ImageFacts]) -> dict[str, Any]:
+    """Pictures of the build, those named by any record of the files, and what was found in them."""
     usable = [fact for fact in facts.values() if fact.reason is None]
     return {
-        "distinct": len(ledger.pictures),
+        "distinct": len({n for record in records for n in ledger.pictures_of(int(record))}),
+        "seen": len(ledger.pictures),
         "checked": len(facts),
         "kinds": dict(sorted(Counter(fact.kind for fact in usable).items())),
         "converted_when_read": dict(

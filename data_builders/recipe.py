@@ -17,8 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cogvlm_sft.errors import RecipeError
 
-Style = Literal["chat", "vqa", "base", "text"]
-
 
 class Strict(BaseModel):
     """A model whose unknown keys are errors."""
@@ -35,9 +33,10 @@ class SourceEntry(BaseModel):
         annotations: Annotation files.
         images: Folders that hold its pictures, inside the image root; none means the root.
         style: Prompt style, where it should differ from the source's own.
-        max: At most so many conversations, chosen by hash.
+        max: At most so many conversations are written, chosen by hash; counted after the weight.
         weight: How often each conversation is written: 0.5 keeps half of them, 2 writes each twice.
-        quota: Exactly so many conversations, repeated where the source holds fewer.
+        quota: Exactly so many conversations, repeated where the source holds fewer; a source that
+            has none left is an error.
         clean: Whether the source's own cleaning rules (phrases, coordinates) apply.
     """
 
@@ -47,7 +46,7 @@ class SourceEntry(BaseModel):
     name: str = ""
     annotations: list[Path] = []
     images: list[Path] = []
-    style: Style | None = None
+    style: Literal["chat", "vqa", "base"] | None = None
     max: int | None = Field(default=None, ge=1)
     weight: float = Field(default=1.0, gt=0, le=1000)
     quota: int | None = Field(default=None, ge=1)
@@ -247,10 +246,12 @@ def _override(content: dict[str, Any], override: str) -> None:
     for part in path:
         if isinstance(spot, list):
             spot = _listed_source(spot, part, override)
-        elif isinstance(spot, dict):
+        else:
             if not isinstance(spot.get(part), dict | list):
                 spot[part] = {}
             spot = spot[part]
+        if not isinstance(spot, dict | list):
+            raise RecipeError(f"{override!r}: {part!r} is {spot!r}, which holds no keys")
     if isinstance(spot, list):
         if not last.isdigit() or int(last) >= len(spot):
             raise RecipeError(f"{override!r}: the list has {len(spot)} entries, counted from 0")

@@ -35,7 +35,6 @@ _DROPS = {
     "image_truncated": "The picture's file ends before the picture does",
     "line_malformed": "The line has not the form of the others",
     "left_out_by_weight": "Left out by the source's weight",
-    "marker_count_differs": "Pictures and their markers differ in number",
     "near_duplicate": "The same words about a picture that looks the same are in already",
     "no_assistant_turn": "Nobody answers",
     "no_picture": "The record has no picture",
@@ -50,6 +49,7 @@ _DROPS = {
     "turns_missing": "There are no turns",
     "unanswerable_over_share": "Unanswerable, beyond the share that is kept",
     "unknown_role": "Somebody speaks who is neither user nor assistant",
+    "unknown_split": "The split's name is unknown, so it may be held out",
     "unknown_style": "The prompt style is unknown",
     "unrelated_caption": "The caption is listed as unrelated to its picture",
 }

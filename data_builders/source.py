@@ -64,6 +64,8 @@ class Source(ABC):
         options: Its own options.
         default_style: Prompt style of its conversations.
         file: Base name of the file that the records being drafted come from.
+        limit: An answer in lower case, and the largest share of the source's conversations in the
+            build that may end in it; None limits nothing.
     """
 
     name: ClassVar[str]
@@ -102,6 +104,7 @@ class Source(ABC):
         self.options: Any = options(entry)
         self.default_style: str = entry.style or self.style
         self.file = ""
+        self.limit: tuple[str, float] | None = None
 
     def inputs(self) -> list[Path]:
         """The files whose hashes the manifest records, in an order free of how they were listed.
@@ -307,7 +310,7 @@ class RecordStage:
 
     def _drop(self, out: Processed, reason: str, file: str, index: int, record: Any) -> None:
         units = self.source.units(record)
-        if out.drops[reason] < EXAMPLES:
+        if sum(example.reason == reason for example in out.examples) < EXAMPLES:
             out.examples.append(Drop(reason, file, index, excerpt(record)))
         out.drops[reason] += units
         out.read += units

@@ -23,9 +23,9 @@ _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _MEANING: dict[str, Split] = {
     "train": "train", "training": "train", "restval": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val", "minival": "val",
-    "trainval": "val",
+    "trainval": "val", "eval": "val", "evaluation": "val", "heldout": "val",
     "test": "test", "testdev": "test", "teststd": "test", "testa": "test", "testb": "test",
-    "challenge": "test", "submission": "test",
+    "devtest": "test", "challenge": "test", "submission": "test",
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def split_named(word: object) -> Split | None:
     """
     if not isinstance(word, str):
         return None
-    return _MEANING.get(re.sub(r"\d+$", "", word.strip()).lower())
+    return _MEANING.get(re.sub(r"\d+$|[-_ ]", "", word.strip()).lower())
 
 
 def split_of_file(name: str) -> Split | None:

@@ -1,7 +1,8 @@
 """The folder in which a build grows, and what makes a killed build go on where it stopped.
 
-It stands hidden beside its destination (`.NAME.building`) and takes its place in one rename when
-the build is complete, so an earlier build stays whole whatever happens. Work is done in shards; a
+It stands hidden beside its destination (`.NAME.building`) and takes its place by rename when the
+build is complete, so an earlier build stays whole whatever happens; it is moved aside just before,
+since a folder cannot be renamed onto one that holds files. Work is done in shards; a
 finished one is a file that appears by rename, so it is there completely or not at all. What is
 there is used again only if nothing that the build reads has changed: recipe, annotation files,
 pictures and versions go into a fingerprint. Shards are begun one after the other, hence a kill at

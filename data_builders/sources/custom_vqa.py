@@ -7,8 +7,9 @@ that column is there, else of the file. In JSON, `turns` may hold a list of turn
 `answer` a list of several people's answers (the most frequent one is taken). Without annotations,
 every picture below the image folders is a record whose answer is the file's name without its
 extension, as in CogVLM's own captcha example, or with `label_from: folder` the name of its folder;
-`label_pattern` picks a part of either. Rows whose `split` column says val or test stay out, unless
-`splits` names them. Cells of a CSV or TSV that a spreadsheet would run as a
+`label_pattern` picks a part of either. Rows whose `split` column, or where it is empty whose file's
+name, says val or test stay out, unless `splits` names them; a split of another name is a reason to
+drop. Cells of a CSV or TSV that a spreadsheet would run as a
 formula (`=1+1`, `=cmd|' /C calc'!A0`) are dropped, since what was meant is the formula's value;
 `clean: false` keeps them as text. Drops name the line of the table as `_line`.
 
@@ -33,7 +34,7 @@ from data_builders.clean import dialogue, human_answers, majority, rounds, text_
 from data_builders.images import ImageFinder
 from data_builders.published import File, Folder
 from data_builders.source import Draft, Source
-from data_builders.splits import SplitOptions, split_named
+from data_builders.splits import SplitOptions, split_named, split_of_file
 from data_builders.tables import csv_rows, parquet_rows
 
 # What a spreadsheet runs: a call, a DDE link, a cell, arithmetic behind an equals sign.
@@ -112,6 +113,7 @@ class CustomVQA(Source):
             yield from self._folder(finder)
             return
         for path in self.inputs():
+            self.file = path.name
             rows = self._rows(path)
             joined = self.options.columns.get("conversation", "conversation")
             first = next(rows, None)
@@ -136,8 +138,8 @@ class CustomVQA(Source):
             return "record_not_an_object"
         if record.get("_malformed"):
             return str(record["_malformed"])
-        if self._held_out(record):
-            return "held_out_split"
+        if (held_out := self._held_out(record)) is not None:
+            return held_out
         if self._formula(record):
             return "spreadsheet_formula"
         name = self._column
@@ -154,10 +156,16 @@ class CustomVQA(Source):
         assert isinstance(turns, list)
         return self._finish(turns, record)
 
-    def _held_out(self, row: dict[str, Any]) -> bool:
-        """Whether a row says that it belongs to a split that stays out."""
-        split = split_named(row.get(self._column("split")))
-        return split is not None and split not in self.options.splits
+    def _held_out(self, row: dict[str, Any]) -> str | None:
+        """The reason why a row's split, or its file's, stays out; None where it enters."""
+        word = text_of(row.get(self._column("split")))
+        if word is None or not word.strip():
+            split = split_of_file(self.file)
+        else:
+            split = split_named(word)
+            if split is None:
+                return "unknown_split"
+        return None if split is None or split in self.options.splits else "held_out_split"
 
     def _formula(self, row: dict[str, Any]) -> bool:
         """Whether a cell of a table would be run by a spreadsheet."""
@@ -191,8 +199,8 @@ class CustomVQA(Source):
             return "record_not_an_object"
         if row.get("_malformed"):
             return str(row["_malformed"])
-        if self._held_out(row):
-            return "held_out_split"
+        if (held_out := self._held_out(row)) is not None:
+            return held_out
         if self._formula(row):
             return "spreadsheet_formula"
         pair = self._pair(row)
@@ -271,9 +279,12 @@ class CustomVQA(Source):
         order = self._column("turn")
         conversations: list[_Dialogue] = []
         for rows in groups.values():
-            fit = [row for row in rows if type(self._said(row)) is not str]
-            # a row that is dropped is dropped alone, by its own name
-            conversations += (_Dialogue([row]) for row in rows if type(self._said(row)) is str)
+            fit: list[Any] = []
+            for row in rows:  # a row that is dropped is dropped alone, by its own name
+                if type(self._said(row)) is str:
+                    conversations.append(_Dialogue([row]))
+                else:
+                    fit.append(row)
             numbers = [_number(row.get(order)) for row in fit]
             numbered = None not in numbers
             if numbered:

@@ -5,8 +5,8 @@ Record: `{"image_id", "question", "answer", "task"?}` in a list, which v1 wraps 
 is a Visual Genome number, or a file name for charts. The answers were written from captions, not
 from pictures, so: "There is no mention of a teapot" is rewritten to "There is no teapot" (the
 negative ones teach the model to say no and stay); answers that still speak of a description,
-caption or bounding box, and rows with left-over coordinates, are dropped. `clean: false` keeps
-them. Declarative instructions stay as they are, and so do several questions about a picture, unless
+caption or bounding box ("no mention of the man's age" too), and rows with left-over coordinates,
+are dropped. `clean: false` keeps them. Declarative instructions stay as they are, and so do several questions about a picture, unless
 `group: N` joins up to N of them into one conversation. The set's own evaluation file names 1,000
 questions about 120 pictures: put it under `decontaminate.against`.
 
@@ -30,13 +30,17 @@ from data_builders.published import File, Folder
 from data_builders.recipe import Strict
 from data_builders.source import Draft, Source
 
-# "whether it is red", "it" and the like make no sentence with "there is no"; those rows are dropped
+# Only "a", "an" or "any" thing can be absent: "the colour of the car" or "the man's age" make no
+# sentence with "there is no". What belongs to something ends where a preposition begins.
+_BEFORE_PLACE = r"(?:(?!(?:in|on|at|by|near|with|under|from|next|behind|inside)\b)[\w-]+ ){0,6}"
 _NO_MENTION = re.compile(
-    r"\b(?P<there>there)(?: is| was| are|['\u2019]s) no mentions? of (?:an? |any |the )?"
-    r"(?!(?:whether|if|what|which|who|how|where|when|why|it|this|that|these|those|them|such)\b)"
-    r"(?=(?P<thing>\w+))",
+    r"\b(?P<there>there)(?: is| was| are|['\u2019]s) no mentions? of (?P<any>an?|any) "
+    r"(?!(?:of|one|there|else|other|such|more|specific|particular|certain|lot|few|number|couple)\b)"
+    rf"(?!{_BEFORE_PLACE}(?:[\w-]+['\u2019]|being\b|of (?:the|this|that|his|her|its|their)\b))"
+    r"(?=(?P<thing>[\w-]+(?: [\w-]+){0,2}))",
     re.IGNORECASE,
 )
+_PLURALS = frozenset(["people", "children", "men", "women", "feet", "teeth", "mice", "geese"])
 _OF_THE_PROMPT = re.compile(
     r"(?:\b(?:not|never)|n['\u2019]t) (?:explicitly |specifically |directly |clearly )?"
     r"(?:mention|specif|state)"
@@ -183,9 +187,12 @@ class LrvInstruction(Source):
 
 
 def _no(match: re.Match[str]) -> str:
-    thing = match["thing"]
-    several = thing.endswith("s") and not thing.endswith(("ss", "us", "is"))
+    several = match["any"].lower() == "any" and any(map(_plural, match["thing"].lower().split()))
     return f"{match['there']} {'are' if several else 'is'} no "
+
+
+def _plural(word: str) -> bool:
+    return word in _PLURALS or (word.endswith("s") and not word.endswith(("ss", "us", "is", "as")))
 
 
 SOURCE = LrvInstruction

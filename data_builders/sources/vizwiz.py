@@ -2,8 +2,9 @@
 
 File: a list of `{"image", "question", "answers": [{"answer", "answer_confidence"}], "answerable"}`.
 The majority answers, the first on ties. "unanswerable" is an answer like any other, since saying so
-is what it teaches; `max_unanswerable` caps its share, choosing by hash which ones stay. The split
-is in the picture's name, and only `train` enters unless `splits` says otherwise.
+is what it teaches; `max_unanswerable` caps its share of what the build holds in the end, choosing
+by hash which ones stay. The split is in the picture's name, and only `train` enters unless `splits`
+says otherwise.
 
 Usage:
     python -m data_builders.sources.vizwiz --annotations Annotations/train.json --images train \\
@@ -12,16 +13,13 @@ Usage:
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from hashlib import blake2b
 from typing import Any
 
 from pydantic import Field
 
-from data_builders.annotations import Batch
 from data_builders.clean import human_answers, majority
-from data_builders.images import ImageFinder
 from data_builders.published import File, Folder
+from data_builders.recipe import SourceEntry
 from data_builders.source import Draft, Source
 from data_builders.splits import SplitOptions, split_named, split_of_file
 
@@ -32,7 +30,7 @@ class VizwizOptions(SplitOptions):
     """Options.
 
     Attributes:
-        max_unanswerable: The largest share of records that may answer "unanswerable", 0 to 1.
+        max_unanswerable: The largest share of conversations that may answer "unanswerable", 0 to 1.
     """
 
     max_unanswerable: float = Field(default=1.0, ge=0, le=1)
@@ -58,28 +56,10 @@ class Vizwiz(Source):
     style = "vqa"
     Options = VizwizOptions
 
-    def batches(self, finder: ImageFinder) -> Iterator[Batch]:
-        """Records; those above the share of unanswerable ones are marked."""
+    def __init__(self, entry: SourceEntry) -> None:
+        super().__init__(entry)
         share = self.options.max_unanswerable
-        if share == 1:
-            yield from super().batches(finder)
-            return
-        batches = list(super().batches(finder))  # 20,523 records
-        unanswerable: list[tuple[bytes, int, int]] = []
-        answerable = 0
-        for place, batch in enumerate(batches):
-            self.file = batch.file
-            for row, record in enumerate(batch.records):
-                draft = self.draft(record, Counter())
-                if type(draft) is Draft and draft.turns[1].lower() == "unanswerable":
-                    key = f"{draft.images[0]}\x1f{draft.turns[0]}".encode("utf-8", "replace")
-                    unanswerable.append((blake2b(key, digest_size=8).digest(), place, row))
-                elif type(draft) is Draft:
-                    answerable += 1
-        for _, place, row in sorted(unanswerable)[int(answerable * share / (1 - share)) :]:
-            batches[place].records[row]["_over_share"] = True
-            batches[place].raw = None
-        yield from batches
+        self.limit = ("unanswerable", share) if share < 1 else None
 
     def draft(self, record: Any, notes: Counter[str]) -> Draft | str:
         """Understands one record; see `Source.draft`."""
@@ -90,8 +70,6 @@ class Vizwiz(Source):
         split = split_named(named.group(1)) if named else None
         if (split or split_of_file(self.file) or "train") not in self.options.splits:
             return "held_out_split"
-        if "_over_share" in record:
-            return "unanswerable_over_share"
         answers = human_answers(record.get("answers"))
         return self.short(
             record.get("question"),

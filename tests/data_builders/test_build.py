@@ -17,8 +17,9 @@ from PIL import Image
 from cogvlm_sft.conversation import read_conversations
 from cogvlm_sft.errors import DataError, RecipeError
 from data_builders import annotations, pipeline, record_shards
-from data_builders.build import build
+from data_builders.build import build, build_recipe
 from data_builders.catalogue import list_sources
+from data_builders.recipe import parse_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -156,6 +157,62 @@ def test_caps_and_weights(recipe):
     assert half.manifest["sources"]["lrv_instruction"]["dropped"] == {"left_out_by_weight": 150}
 
 
+@pytest.mark.parametrize(
+    "weight, most, written, dropped",
+    [
+        (2, 3, 3, {"over_max": 197}),  # at most three are written, not three twice
+        (2, 250, 250, {}),
+        (0.5, 30, 30, {"left_out_by_weight": 100, "over_max": 70}),
+        (0.5, 150, 100, {"left_out_by_weight": 100}),
+    ],
+)
+def test_a_cap_holds_after_the_weight(weight, most, written, dropped, recipe):
+    row = build(recipe, [f"sources.1.weight={weight}", f"sources.1.max={most}"]).manifest[
+        "sources"
+    ]["lrv_instruction"]
+    assert (row["conversations"], row["dropped"]) == (written, dropped)
+
+
+def test_a_quota_that_nothing_can_fill_is_an_error(root, picture, write_json, tmp_path):
+    picture(root / "1.jpg", 1)
+    file = write_json("q.json", [{"image": "1.jpg", "question": "q", "answer": "a"}])
+    sources = [{"source": "custom_vqa", "name": name, "annotations": [str(file)]} for name in "ab"]
+    sources[1]["quota"] = 50
+    content = {"out": str(tmp_path / "out"), "image_root": str(root), "sources": sources}
+    with pytest.raises(DataError, match=r"source b: a quota of 50, .*1 records .*1 duplicate"):
+        build_recipe(parse_recipe(content, "test"))
+
+
+def test_pictures_are_counted_that_the_build_shows(root, picture, run, write_json):
+    for number in range(5):
+        picture(root / f"{number}.jpg", number)
+    (root / "5.jpg").write_bytes(b"no picture")
+    rows = [{"image": f"{n}.jpg", "question": "q", "answer": "a"} for n in range(6)]
+    path = write_json("q.json", rows)
+    pictures = run("custom_vqa", [path])[2].manifest["pictures"]
+    assert (pictures["distinct"], pictures["seen"]) == (5, 6)
+    _, _, one = run("custom_vqa", [path], max=1)
+    assert one.manifest["pictures"]["distinct"] == 1
+    card = (one.out / "report.html").read_text()
+    assert re.search(r"<b>1</b>\s*<span>different pictures", card)
+
+
+def test_twenty_examples_of_each_reason(root, picture, run, write_json):
+    picture(root / "1.jpg", 1)
+    (root / "2.jpg").write_bytes((root / "1.jpg").read_bytes())
+    rows = [{"image": f"{n}.jpg", "question": f"q{q}", "answer": "a"}
+            for q in range(30) for n in (1, 1, 2)]  # fmt: skip
+    report, _, result = run("custom_vqa", [write_json("q.json", rows)])
+    assert report["dropped"] == {"duplicate": 60}  # same path, and another file of the same bytes
+    assert len(result.manifest["examples"]["custom_vqa"]) == 20
+    rows = [{"image": "1.jpg", "question": "q", "answer": "a", "conversation": n // 10,
+             "style": "none"} for n in range(300)]  # fmt: skip
+    rows.append({"image": "1.jpg", "question": "fine?", "answer": "a", "conversation": ""})
+    report, _, result = run("custom_vqa", [write_json("r.json", rows)])
+    assert report["dropped"] == {"unknown_style": 300}  # thirty conversations of ten rows
+    assert len(result.manifest["examples"]["custom_vqa"]) == 20
+
+
 def test_exact_and_near_duplicates(root, picture, run, write_json):
     smooth = Image.radial_gradient("L").crop((20, 60, 220, 220))
     smooth.save(root / "1.png")
@@ -248,8 +305,52 @@ def test_held_out_pictures(root, picture, run, write_json, tmp_path):
         "custom_vqa", [questions], decontaminate={"against": against, "mode": "report"}
     )
     assert len(built) == 4 and report["dropped"] == {}
-    with pytest.raises(DataError, match=r"nothing\.txt does not exist"):
-        run("custom_vqa", [questions], decontaminate={"against": ["nothing.txt"]})
+    # a damaged picture of the held-out set hides nothing silently
+    (folder / "cut.jpg").write_bytes((folder / "renamed.jpg").read_bytes()[:300])
+    _, _, result = run("custom_vqa", [questions], decontaminate={"against": [str(folder)]})
+    assert result.manifest["held_out"][str(folder)] == {
+        "pictures": 1, "records": 1, "unreadable": 1, "mode": "drop"}  # fmt: skip
+    assert "1 of its pictures cannot be read" in (result.out / "report.html").read_text()
+    (folder / "renamed.jpg").unlink()
+    with pytest.raises(DataError, match=r"none of the 1 pictures in .* can be read"):
+        run("custom_vqa", [questions], decontaminate={"against": [str(folder)]})
+
+
+@pytest.mark.parametrize("key", ["cocoid", "coco_id"])
+def test_the_key_says_that_an_id_is_cocos(key, root, picture, run, write_json):
+    picture(root / "COCO_val2014_000000000042.jpg", 1)
+    picture(root / "7.jpg", 2)
+    rows = [{"image": name, "question": "q", "answer": "a"}
+            for name in ("COCO_val2014_000000000042.jpg", "7.jpg")]  # fmt: skip
+    held = write_json("held.json", [{key: 42, "image_id": 7}, {key: None, "image_id": 8}])
+    report, _, _ = run(
+        "custom_vqa",
+        [write_json("q.json", [*rows, rows[0] | {"image": "7.jpg", "question": "r"}])],
+        decontaminate={"against": [str(held)], "mode": "report"},
+    )
+    assert report["kept"] == 3
+    held = write_json("held.json", [{key: 42}])
+    report, built, _ = run(
+        "custom_vqa", [write_json("q.json", rows)], decontaminate={"against": [str(held)]}
+    )
+    assert report["dropped"] == {"held_out_picture": 1} and built[0]["images"] == ["7.jpg"]
+
+
+@pytest.mark.parametrize(
+    "overrides, complaint",
+    [
+        (["decontaminate.against=[nothing.txt]"], r"nothing\.txt does not exist"),
+        (["decontaminate.visual_genome=nothing.json"], r"nothing\.json: no such"),
+        (["tokenizer=nothing.json"], r"nothing\.json: no such file"),
+    ],
+)
+def test_what_is_needed_last_is_looked_at_first(overrides, complaint, recipe, monkeypatch):
+    def too_late(*_args, **_keys):
+        raise AssertionError("records are read already")
+
+    monkeypatch.setattr(pipeline, "process_sources", too_late)
+    with pytest.raises(DataError, match=complaint):
+        build(recipe, overrides)
 
 
 def test_visual_genome_pictures_that_are_coco_pictures(root, picture, run, write_json):
@@ -302,6 +403,10 @@ def test_a_foreign_folder_is_never_replaced(recipe, tmp_path):
     (tmp_path / "build" / "thesis.tex").write_text("years of work")
     with pytest.raises(DataError, match="exists and is not a build folder"):
         build(recipe)
+    for foreign in ('{"name": "my web app"}', '{"schema": 1}', "[1]", "not json"):
+        (tmp_path / "build" / "manifest.json").write_text(foreign)
+        with pytest.raises(DataError, match="exists and is not a build folder"):
+            build(recipe)
     assert (tmp_path / "build" / "thesis.tex").read_text() == "years of work"
 
 
@@ -316,6 +421,8 @@ def test_a_foreign_folder_is_never_replaced(recipe, tmp_path):
         (["sources.nothing.max=3"], "no source 'nothing'"),
         (["sources.1.name=llava_instruct"], "two sources are called 'llava_instruct'"),
         (["seed"], "an override reads key.sub=value"),
+        (["sources.0.annotations.0.x=1"], r"'0' is '.*', which holds no keys"),
+        (["sources.0.style=text"], "style: Input should be 'chat', 'vqa' or 'base', found 'text'"),
         (["images.check=false", "deduplicate.near=3"], "needs images.check: true"),
         (
             ["commercial=true", "sources.1.source=llavar"],

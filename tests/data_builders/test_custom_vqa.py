@@ -134,14 +134,44 @@ def test_rows_that_say_they_are_held_out_stay_out(photos, run, tmp_path):
     ]
     path.write_text("\n".join(["image,question,answer,split", *rows]))
     report, built, _ = run("custom_vqa", [path])
-    assert [r["messages"][1]["content"] for r in built] == ["0", "3", "4"]
-    assert report["dropped"] == {"held_out_split": 2}
+    assert [r["messages"][1]["content"] for r in built] == ["0", "3"]
+    assert report["dropped"] == {"held_out_split": 2, "unknown_split": 1}
     _, built, _ = run("custom_vqa", [path], splits=["test"])
-    assert [r["messages"][1]["content"] for r in built] == ["2", "3", "4"]
+    assert [r["messages"][1]["content"] for r in built] == ["2", "3"]
     path.write_text("image,ask,answer,conversation,fold\na.jpg,p,1,x,train\na.jpg,q,2,x,val\n")
     report, built, _ = run("custom_vqa", [path], columns={"question": "ask", "split": "fold"})
     assert texts(built) == [(["a.jpg"], ["<image>\np", "1"])]
     assert report["dropped"] == {"held_out_split": 1}
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["eval", "heldout", "held-out", "held_out", "dev_test", "test-dev", "val 2"],
+)
+def test_words_for_held_out_splits(word, photos, run, write_json):
+    rows = [{"image": "a.jpg", "question": q, "answer": "a", "split": split}
+            for q, split in (("p", word), ("q", "train"), ("r", 3), ("s", None))]  # fmt: skip
+    report, built, _ = run("custom_vqa", [write_json("q.json", rows)])
+    assert [r["messages"][0]["content"] for r in built] == ["<image>\nq", "<image>\ns"]
+    assert report["dropped"] == {"held_out_split": 1, "unknown_split": 1}
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_file_says_its_split_where_no_column_does(joined, photos, run, write_json):
+    rows = [{"image": "a.jpg", "question": f"q{n}", "answer": "a"} for n in range(2)]
+    if joined:
+        rows = [row | {"conversation": 1} for row in rows]
+    train, test = write_json("train.json", rows[:1]), write_json("my_test.json", rows)
+    report, built, _ = run("custom_vqa", [train, test])
+    assert [r["meta"]["orig_file"] for r in built] == ["train.json"]
+    assert report["dropped"] == {"held_out_split": 2}
+    with pytest.raises(DataError, match=r"2 held_out_split; .*name the split .* `splits`"):
+        run("custom_vqa", [test])
+    report, _, _ = run("custom_vqa", [test], splits=["test"])
+    assert report["kept"] == 2
+    # a column of its own is believed before the name
+    own = write_json("test.json", [row | {"split": "train"} for row in rows])
+    assert run("custom_vqa", [own])[0]["kept"] == 2
 
 
 def test_a_conversation_loses_bad_rows_alone(photos, run, tmp_path):

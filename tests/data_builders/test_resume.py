@@ -167,21 +167,26 @@ def test_shards_go_on_only_while_nothing_has_changed(corpus, tmp_path, monkeypat
         return check(*given, **named)
 
     check = picture_shards.CheckStage.run
-    for change in ("nothing", "recipe", "annotations", "picture"):
+    twins = tmp_path / "image_data.json"
+    twins.write_text('[{"image_id": 1, "coco_id": null}]')
+    rules = [f"decontaminate.visual_genome={twins}"]
+    for change in ("nothing", "recipe", "annotations", "picture", "visual_genome"):
         stopped = 0
         monkeypatch.setattr(picture_shards.CheckStage, "run", stop_late)
         with pytest.raises(BuildInterrupted, match="interrupted"):
-            build(corpus)
+            build(corpus, rules)
         monkeypatch.setattr(picture_shards.CheckStage, "run", check)
         if change == "annotations":
             path = tmp_path / "mine.json"
             path.write_text(path.read_text().replace("Is it 7?", "Is it seven?"))
         elif change == "picture":
             os.utime(tmp_path / "pictures" / "000000000003.jpg", ns=(5, 5))
-        done = build(corpus, ["seed=4"] if change == "recipe" else [])
+        elif change == "visual_genome":
+            twins.write_text('[{"image_id": 1, "coco_id": 22}]')
+        done = build(corpus, [*rules, "seed=4"] if change == "recipe" else rules)
         assert (done.kept_shards > 0) == (change == "nothing"), change
         fresh = digest(
-            build(corpus, [f"out={tmp_path}/fresh", f"seed={done.manifest['seed']}"]).out
+            build(corpus, [*rules, f"out={tmp_path}/fresh", f"seed={done.manifest['seed']}"]).out
         )
         assert digest(done.out) == fresh
 

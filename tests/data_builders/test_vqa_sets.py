@@ -182,6 +182,24 @@ def test_share_of_unanswerable(root, run, write_json, picture):
     assert len(built) == len(some)
 
 
+def test_share_of_unanswerable_in_what_the_build_holds(root, run, write_json, picture):
+    """Missing and broken pictures, duplicates, caps and weights come off before the share."""
+    for number in range(30):
+        picture(root / f"VizWiz_train_{number:08d}.jpg", number)
+    (root / "VizWiz_train_00000029.jpg").write_bytes(b"broken")
+    rows = [{"image": f"VizWiz_train_{n:08d}.jpg", "question": f"q{n}?",
+             "answers": votes("unanswerable" if n % 2 else "basil")}
+            for n in range(30)]  # fmt: skip
+    rows += [{"image": f"VizWiz_train_{n:08d}.jpg", "question": "q?", "answers": votes("basil")}
+             for n in range(100, 145)]  # fmt: skip
+    path = write_json("train.json", rows)
+    for keys, written in (({}, 21), ({"max": 10}, 10), ({"weight": 1.5}, 31)):
+        report, built, _ = run("vizwiz", [path], max_unanswerable=0.3, **keys)
+        said = [r["messages"][1]["content"] for r in built]
+        assert report["dropped"]["image_missing"] == 45 and len(said) == written
+        assert 0.2 < said.count("unanswerable") / len(said) <= 0.3
+
+
 def test_textvqa(root, run, write_json, picture):
     picture(root / "train_images" / "003a8ae2ef43b901.jpg", 1)
     row = {"question_id": 1, "question": "what brand?", "image_id": "003a8ae2ef43b901",
