@@ -35,6 +35,7 @@ class Batch:
         records: The decoded records.
         raw: The same records as JSON array text, cheaper to send to a worker; None where the
             records did not come from a plain array.
+        size: Bytes of the file that were read for them, where that is known.
     """
 
     file: str

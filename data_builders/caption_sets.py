@@ -8,6 +8,7 @@ fixed requests, chosen by its hash; in style `base` nothing is asked, as in pret
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ class CaptionSource(Source):
         ):
             yield from self._joined(path)
             return
-        for records in (first.records, *(batch.records for batch in pictures)):
-            yield [row for record in records for row in _sentences(record)]
+        for batch in chain([first], pictures):
+            yield [row for record in batch.records for row in _sentences(record)]
 
     def _joined(self, path: Path) -> Iterator[list[Any]]:
         """COCO's shape: captions point at pictures."""

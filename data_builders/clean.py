@@ -21,12 +21,16 @@ ROLES: dict[str, int] = {
     "gpt": 1, "assistant": 1, "chatgpt": 1, "bot": 1, "model": 1, "answer": 1,
 }  # fmt: skip
 
+_UNSEEN = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"  # zero-width marks show as nothing
+_GAP = rf"[\s{_UNSEEN}]{{0,3}}"
 _CONTROL = re.compile(
-    r"[ \t]{0,9}(?:<\s{0,3}/?\s{0,3}(?:s|EOI|BOI|pad|unk|image|im_start|im_end|im_patch)"
-    r"\s{0,3}/?\s{0,3}>|<\|\s?(?:im_start|im_end|endoftext|begin_of_text|end_of_text|eot_id)\s?\|>"
-    r"|\[\s?/?\s?INST\s?\])[ \t]*",
+    rf"[ \t]{{0,9}}(?:<{_GAP}/?{_GAP}(?:s|EOI|BOI|pad|unk|image|im_start|im_end|im_patch)"
+    rf"{_GAP}/?{_GAP}>"
+    rf"|<\|{_GAP}(?:im_start|im_end|endoftext|begin_of_text|end_of_text|eot_id){_GAP}\|>"
+    rf"|\[{_GAP}/?{_GAP}INST{_GAP}\])[ \t]*",
     re.IGNORECASE,
 )
+_NESTED = 16  # a text of more markers inside each other is no text
 _REFUSAL = re.compile(r"\bas an ai\b|message is empty")
 _OF_THE_PROMPT = (
     "no mention of", "bounding box", "provided caption", "given caption", "provided description",
@@ -82,7 +86,9 @@ def flags_of(text: str) -> list[str]:
 
 def _plain(text: str) -> str:
     if "<" in text or "[" in text:
-        while _CONTROL.search(text):  # taking one out may join the halves of another
+        for _ in range(_NESTED):  # taking one out may join the halves of another
+            if not _CONTROL.search(text):
+                break
             text = _CONTROL.sub(_join_words, text)
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -112,6 +118,11 @@ def _without_markers(text: str) -> str:
 def has_alien(text: str) -> bool:
     """Whether a text holds NUL or half of a surrogate pair: it cannot be written as UTF-8 text."""
     return _ALIEN.search(text) is not None
+
+
+def has_marker(text: str) -> bool:
+    """Whether a cleaned text still holds a control marker: they were nested too deeply."""
+    return ("<" in text or "[" in text) and _CONTROL.search(text) is not None
 
 
 def dialogue(messages: Any, notes: Counter[str]) -> list[str] | str:
@@ -165,6 +176,8 @@ def rounds(turns: list[str], notes: Counter[str]) -> list[str] | str:
     for place in range(0, len(turns), 2):
         question = clean_question(turns[place])
         answer = clean_answer(turns[place + 1], notes)
+        if has_marker(question) or has_marker(answer):
+            return "control_markers_nested"
         if question and answer:
             cleaned.append(question)
             cleaned.append(answer)

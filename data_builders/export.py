@@ -5,9 +5,11 @@ first question and would leave a literal `<image>` in the text); its schema says
 pictures, so `datasets` opens them by itself, and every row has the list, empty where it is text
 only. `llama-factory` and `ms-swift` read the record's own shape; the first also wants an entry in
 `dataset_info.json`. `llava` is LLaVA's JSON list, which knows one picture a record. `webdataset` is
-tar files that hold the pictures too. Pictures that these readers would get wrong (turned by EXIF,
-transparent, CMYK, 16-bit, animated, with a wrong ending) are written beside as plain copies. Paths
-stay relative, and pictures unseen, unless an image root is given.
+tar files that hold the pictures too. Only ms-swift's `loss` and webdataset's whole records can say
+that an answer is not to be learnt; the other targets refuse such an answer. Pictures that these
+readers would get wrong (turned by EXIF, transparent, CMYK, 16-bit, animated, with a wrong ending)
+are written beside as plain copies. Paths stay relative, and pictures unseen, unless an image root
+is given.
 """
 
 import io
@@ -137,6 +139,15 @@ def _plain_copy(file: Path, where: str) -> tuple[str, bytes] | None:
     return ("jpg" if kind == "JPEG" else "png"), stream.getvalue()
 
 
+def _all_learnt(conversation: Conversation, target: str) -> None:
+    """Refuses a turn that must not be learnt, for formats that cannot say so."""
+    if any(turn.role == "assistant" and not turn.train for turn in conversation.turns):
+        raise DataError(
+            f"{conversation.id}: has an answer with `train: false`, and {target} would learn it; "
+            "export to ms-swift or webdataset, or take such conversations out of the build"
+        )
+
+
 def _markers_first(conversation: Conversation, target: str) -> None:
     """Refuses a picture in a later turn, for readers that show all pictures at the beginning."""
     if any(IMAGE_MARKER in turn.content for turn in conversation.turns[1:]):
@@ -179,6 +190,7 @@ def _trl(conversations: Iterator[Conversation], out: Path, pictures: _Pictures) 
 
         for conversation in conversations:
             _markers_first(conversation, "TRL")
+            _all_learnt(conversation, "TRL")
             paths = pictures.paths(conversation)
             rows.append(
                 {
@@ -210,13 +222,15 @@ def _swift(conversations: Iterator[Conversation], out: Path, pictures: _Pictures
 
 
 def _llama_factory(conversations: Iterator[Conversation], out: Path, pictures: _Pictures) -> int:
-    count = _lines(
-        out / "cogvlm_sft.jsonl",
-        (
-            {"messages": _messages(c, strip=False), "images": pictures.paths(c)}
-            for c in conversations
-        ),
-    )
+    def rows() -> Iterator[dict[str, Any]]:
+        for conversation in conversations:
+            _all_learnt(conversation, "LLaMA-Factory")
+            yield {
+                "messages": _messages(conversation, strip=False),
+                "images": pictures.paths(conversation),
+            }
+
+    count = _lines(out / "cogvlm_sft.jsonl", rows())
     info = {
         "cogvlm_sft": {
             "file_name": "cogvlm_sft.jsonl",
@@ -244,6 +258,7 @@ def _llava(conversations: Iterator[Conversation], out: Path, pictures: _Pictures
                     "one a record"
                 )
             _markers_first(conversation, "LLaVA")
+            _all_learnt(conversation, "LLaVA")
             row: dict[str, Any] = {"id": conversation.id}
             if conversation.images:
                 row["image"] = pictures.paths(conversation)[0]
@@ -259,23 +274,29 @@ def _llava(conversations: Iterator[Conversation], out: Path, pictures: _Pictures
 
 
 def _webdataset(conversations: Iterator[Conversation], out: Path, pictures: _Pictures) -> int:
-    """Tar files of at most a gigabyte: `KEY.json` and `KEY.jpg`, `KEY.1.jpg` … of a sample."""
+    """Tar files of at most a gigabyte: `KEY.json` and `KEY.jpg`, `KEY.1.jpg` … of a sample.
+
+    Only a sample that is larger itself has a larger file, of its own.
+    """
     count = 0
     archive: tarfile.TarFile | None = None
     try:
         for conversation in conversations:
-            if archive is None or archive.offset > TAR_BYTES:
-                if archive is not None:
-                    archive.close()
-                number = len(list(out.glob("train-*.tar")))
-                archive = tarfile.open(out / f"train-{number:05d}.tar", "w")  # noqa: SIM115
             record = conversation.to_record()
             members: list[tuple[str, bytes]] = []
             for place, relative in enumerate(conversation.images):
                 ending, content = pictures.content(relative, conversation.id)
                 members.append((f"{place}.{ending}" if place else ending, content))
             record["images"] = [name for name, _ in members]
-            for name, content in [("json", orjson.dumps(record)), *members]:
+            members.insert(0, ("json", orjson.dumps(record)))
+            # each has a header, and ends on a block of 512 bytes; two blocks and a fill end a file
+            size = sum(1024 + len(content) for _, content in members) + tarfile.RECORDSIZE
+            if archive is None or (archive.offset and archive.offset + size > TAR_BYTES):
+                if archive is not None:
+                    archive.close()
+                number = len(list(out.glob("train-*.tar")))
+                archive = tarfile.open(out / f"train-{number:05d}.tar", "w")  # noqa: SIM115
+            for name, content in members:
                 member = tarfile.TarInfo(f"{count:09d}.{name}")  # no time, no owner: same bytes
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))

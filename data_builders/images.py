@@ -56,11 +56,7 @@ def unsafe(name: str) -> bool:
 
 
 class ImageFinder:
-    """Looks pictures up in folders below an image root.
-
-    Attributes:
-        mapped: How many names were answered by another file name than the annotation's.
-    """
+    """Looks pictures up in folders below an image root."""
 
     def __init__(self, image_root: Path, folders: Sequence[Path], must_exist: bool = True) -> None:
         """Lists the folders.
@@ -76,7 +72,6 @@ class ImageFinder:
         """
         self.root = Path(os.path.realpath(image_root))
         self.must_exist = must_exist
-        self.mapped = 0
         self._memo: dict[str, tuple[str | None, str]] = {}
         self._listed = False
         self._paths: set[str] = set()
@@ -138,7 +133,6 @@ class ImageFinder:
         for candidates in self._candidates(parts) if self._listed else ():
             path = _choose(candidates, parts)
             if path is not None:
-                self.mapped += path.rsplit("/", 1)[-1] != parts[-1]
                 return path, ""
             several = several or len(candidates) > 1
         if several:

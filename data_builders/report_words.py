@@ -12,6 +12,7 @@ _DROPS = {
     "answer_speaks_of_the_prompt": "The answer speaks of the text that its author was given, not "
     "of the picture",
     "box_outside_picture": "A box lies outside of its picture",
+    "control_markers_nested": "Control markers stand inside each other without end",
     "coordinates_left_over": "Coordinates are left in the text",
     "duplicate": "The same words about the same picture are in already",
     "duplicate_id": "The id is taken already",

@@ -14,6 +14,7 @@ Usage:
         --images CogVLM-SFT-311K --languages en zh --out builds/cogvlm311k
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ class CogvlmSft311k(Source):
                 found_here = "is a file" if path.exists() else "no such folder"
                 raise DataError(f"{path}: {found_here}; expected CogVLM-SFT-311K, unpacked")
             labels = [p for p in path.glob("**/labels*/*.json") if not p.name.startswith(".")]
-            if path.name.startswith("labels"):
+            if _parts(path)[-1].startswith("labels"):
                 labels += path.glob("*.json")
             if not labels:
                 raise DataError(
@@ -99,7 +100,7 @@ class CogvlmSft311k(Source):
                     "llava_instruction_multi_conversation_formate/labels"
                 )
             found += labels
-        self._labels = sorted(set(found), key=lambda path: path.parts[-3:])
+        self._labels = sorted(set(found), key=lambda path: _parts(path)[-3:])
         return self._labels
 
     def batches(self, finder: ImageFinder) -> Iterator[Batch]:
@@ -107,7 +108,8 @@ class CogvlmSft311k(Source):
         part: list[Any] = []
         group, start = "", 0
         for path in self.inputs():
-            label = "/".join(path.parts[-3:-1])
+            folder, inside, _ = _parts(path)[-3:]
+            label = f"{folder}/{inside}"
             if label != group or len(part) == _ROWS:
                 if part:
                     yield Batch(group, start, part)
@@ -117,9 +119,9 @@ class CogvlmSft311k(Source):
             part.append(
                 {
                     "_stem": path.stem,
-                    "_folder": path.parts[-3],
+                    "_folder": folder,
                     "_label": content,
-                    "_in": path.parts[-2],
+                    "_in": inside,
                 }
             )
         if part:
@@ -144,6 +146,11 @@ class CogvlmSft311k(Source):
         name = f"{record['_folder']}/images/{record['_stem']}.jpg"
         meta = {"language": language, "subset": record["_folder"]}
         return Draft(turns, [name], self.default_style, record["_stem"], meta)
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    """The names on the way to a path: `.` has none itself, and links keep theirs."""
+    return Path(os.path.abspath(path)).parts
 
 
 def _caption(captions: Any, notes: Counter[str]) -> list[str] | str:

@@ -6,9 +6,9 @@ is a Visual Genome number, or a file name for charts. The answers were written f
 from pictures, so: "There is no mention of a teapot" is rewritten to "There is no teapot" (the
 negative ones teach the model to say no and stay); answers that still speak of a description,
 caption or bounding box ("no mention of the man's age" too), and rows with left-over coordinates,
-are dropped. `clean: false` keeps them. Declarative instructions stay as they are, and so do several questions about a picture, unless
-`group: N` joins up to N of them into one conversation. The set's own evaluation file names 1,000
-questions about 120 pictures: put it under `decontaminate.against`.
+are dropped. `clean: false` keeps them. Declarative instructions stay as they are, and so do several
+questions about a picture, unless `group: N` joins up to N of them into one conversation. The set's
+own evaluation file names 1,000 questions about 120 pictures: put it under `decontaminate.against`.
 
 Usage:
     python -m data_builders.sources.lrv_instruction --annotations filter_cap1.json \\

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_builders.clean import clean_answer, clean_question, dialogue, human_answers, text_of
+from data_builders.clean import (
+    clean_answer,
+    clean_question,
+    dialogue,
+    human_answers,
+    rounds,
+    text_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +77,20 @@ def test_no_marker_survives_whatever_it_is_made_of(text):
         )
         assert left == left.strip()
         assert clean_answer(left, Counter()) == left
+
+
+@pytest.mark.parametrize("mark", "\u00ad\u200b\u200c\u200d\u2060\ufeff")
+def test_unseen_marks_hide_no_marker(mark):
+    for text in (f"<{mark}EOI>", f"<EOI{mark}>", f"<{mark}/{mark}s>", f"[{mark}INST]"):
+        assert clean_answer(f"a {text} b", Counter()) == clean_question(f"a {text} b") == "a b"
+
+
+def test_markers_nested_without_end_are_a_reason_to_drop():
+    """Each round takes the innermost out; thousands of rounds over a long text would be hours."""
+    bomb = "<s" * 20_000 + ">" * 20_000
+    assert rounds(["What?", bomb], Counter()) == "control_markers_nested"
+    assert rounds([bomb, "That."], Counter()) == "control_markers_nested"
+    assert rounds(["What?", "<s" * 9 + ">" * 9 + "That."], Counter()) == ["What?", "That."]
 
 
 def test_roles_are_told_whatever_their_case():

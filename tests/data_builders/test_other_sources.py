@@ -1,6 +1,7 @@
 """LRV, LLaVAR and CogVLM-SFT-311K in their released shapes, with their known defects."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -247,6 +248,15 @@ def test_cogvlm_311k(released_311k, run):
     assert caption["messages"][0]["content"].startswith("<image>\n")
     assert report["dropped"] == {"image_missing": 1, "turns_missing": 1}
     assert report["read"] == 5 and len(built) == 3
+
+
+@pytest.mark.parametrize("where, given", [("", "."), ("llava_details-minigpt4", "."),
+                                          ("llava_details-minigpt4", "labels"),
+                                          ("llava_details-minigpt4/labels", ".")])  # fmt: skip
+def test_cogvlm_311k_from_inside_of_the_set(where, given, released_311k, run, monkeypatch):
+    monkeypatch.chdir(released_311k / where)
+    _, built, _ = run("cogvlm_sft_311k", [Path(given)])
+    assert "llava_details-minigpt4/images/00000001.jpg" in [r["images"][0] for r in built]
 
 
 def test_cogvlm_311k_names_languages_and_captions(root, run, picture):

@@ -187,6 +187,7 @@ def test_webdataset_reads_the_export(odd, root, tmp_path, monkeypatch):
     assert export(odd, "webdataset", tmp_path / "odd", root) == 6
     shards = sorted((tmp_path / "odd").iterdir())
     assert len(shards) > 1
+    assert all(p.stat().st_size <= 12_000 for p in shards)
     records, pictures = read_tars(tmp_path / "read.json", *shards)
     assert len(records) == len(pictures) == 6
     for key, (record, names) in records.items():
@@ -245,6 +246,20 @@ def test_export_mistakes(built, tmp_path):
     with pytest.raises(DataError, match="holds no conversations"):
         export(tmp_path / "full", "trl", tmp_path / "new")
     assert not (tmp_path / "new").exists() and len(TARGETS) == 5
+
+
+def test_an_answer_not_to_be_learnt_is_never_exported_as_one_to_learn(built, tmp_path):
+    shard = next(built.glob("conversations-*"))
+    record = json.loads(shard.read_text().splitlines()[0])
+    record["messages"][1]["train"] = False
+    shard.write_text(json.dumps(record) + "\n")
+    for target in ("trl", "llama-factory", "llava"):
+        with pytest.raises(DataError, match="has an answer with `train: false`"):
+            export(built, target, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    assert export(built, "ms-swift", tmp_path / "swift") == 1
+    row = json.loads((tmp_path / "swift" / "train.jsonl").read_text())
+    assert row["messages"][1]["loss"] is False
 
 
 def test_export_names_what_it_cannot_hold(built, root, tmp_path):
