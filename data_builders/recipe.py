@@ -37,7 +37,6 @@ class SourceEntry(BaseModel):
         weight: How often each conversation is written: 0.5 keeps half of them, 2 writes each twice.
         quota: Exactly so many conversations, repeated where the source holds fewer; a source that
             has none left is an error.
-        clean: Whether the source's own cleaning rules (phrases, coordinates) apply.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -50,7 +49,6 @@ class SourceEntry(BaseModel):
     max: int | None = Field(default=None, ge=1)
     weight: float = Field(default=1.0, gt=0, le=1000)
     quota: int | None = Field(default=None, ge=1)
-    clean: bool = True
 
     @model_validator(mode="after")
     def _one_way_to_mix(self) -> "SourceEntry":

@@ -78,8 +78,16 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
         help="also drop the same words about pictures whose hashes differ in so few bits: 4",
     )
     parser.add_argument("--keep-duplicates", action="store_true", help="keep what is in already")
-    parser.add_argument("--no-clean", action="store_true", help="without the set's own clean rules")
     for key, option in source.Options.model_fields.items():
+        if key == "clean":
+            parser.add_argument(
+                "--no-clean",
+                dest="option_clean",
+                action="store_const",
+                const=False,
+                help="without the set's own rules: keep what `clean` drops or rewrites",
+            )
+            continue
         described = str(option.annotation)
         parser.add_argument(
             f"--{key.replace('_', '-')}",
@@ -92,7 +100,6 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     entry: dict[str, Any] = {
         "source": name, "annotations": given.annotations, "images": given.images,
-        "clean": not given.no_clean,
     }  # fmt: skip
     if given.style:
         entry["style"] = given.style

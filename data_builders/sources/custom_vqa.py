@@ -69,6 +69,7 @@ class CustomOptions(SplitOptions):
         question: The question of a labelled image folder, and of rows without one.
         label_from: Whether the file's name or its folder's is the label.
         label_pattern: Regular expression whose first group is the label in that name.
+        clean: Whether rows are dropped whose cells a spreadsheet would run as a formula.
     """
 
     columns: dict[Column, str] = Field(default_factory=dict)
@@ -76,6 +77,7 @@ class CustomOptions(SplitOptions):
     question: str = "CAPTCHA:"
     label_from: Literal["name", "folder"] = "name"
     label_pattern: str | None = None
+    clean: bool = True
 
     @field_validator("label_pattern")
     @classmethod
@@ -169,7 +171,7 @@ class CustomVQA(Source):
 
     def _formula(self, row: dict[str, Any]) -> bool:
         """Whether a cell of a table would be run by a spreadsheet."""
-        if "_line" not in row or not self.entry.clean:
+        if "_line" not in row or not self.options.clean:
             return False
         cells = (row.get(self._column("question")), row.get(self._column("answer")))
         return any(type(cell) is str and _FORMULA.match(cell) for cell in cells)

@@ -72,9 +72,12 @@ class LrvOptions(Strict):
     Attributes:
         group: How many questions about a picture become one conversation, at most; 1 leaves each
             alone.
+        clean: Whether answers that speak of the prompt are rewritten or dropped, and left-over
+            coordinates dropped.
     """
 
     group: int = Field(default=1, ge=1)
+    clean: bool = True
 
 
 class LrvInstruction(Source):
@@ -168,7 +171,7 @@ class LrvInstruction(Source):
             orig_id=name,
             meta={"task": task} if type(task) is str else {},
         )
-        return self._clean(draft, notes) if self.entry.clean else draft
+        return self._clean(draft, notes) if self.options.clean else draft
 
     def _clean(self, draft: Draft | str, notes: Counter[str]) -> Draft | str:
         """Rewrites or drops what speaks of the prompt, and drops coordinates."""

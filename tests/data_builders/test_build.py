@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -19,7 +20,7 @@ from cogvlm_sft.errors import DataError, RecipeError
 from data_builders import annotations, pipeline, record_shards
 from data_builders.build import build, build_recipe
 from data_builders.catalogue import list_sources
-from data_builders.recipe import parse_recipe
+from data_builders.recipe import load_recipe, parse_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -422,6 +423,7 @@ def test_a_foreign_folder_is_never_replaced(recipe, tmp_path):
         (["sources.1.name=llava_instruct"], "two sources are called 'llava_instruct'"),
         (["seed"], "an override reads key.sub=value"),
         (["sources.0.annotations.0.x=1"], r"'0' is '.*', which holds no keys"),
+        (["sources.0.clean=false"], "unknown key 'clean'"),
         (["sources.0.style=text"], "style: Input should be 'chat', 'vqa' or 'base', found 'text'"),
         (["images.check=false", "deduplicate.near=3"], "needs images.check: true"),
         (
@@ -463,6 +465,21 @@ def test_packaged_recipes_load():
     for path in sorted((ROOT / "recipes" / "data").glob("*.yaml")):
         used |= {entry.source for entry in load_recipe(path.stem).sources}
     assert used == set(source_names())  # every source stands in a recipe that can be copied
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes" / "data").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_command_a_recipe_prints_finds_its_pictures(path):
+    """Run beside the folder that the recipe names, all picture folders lie below the image root."""
+    text = re.sub(r"\\\n#\s*", "", path.read_text())
+    (command,) = re.findall(r"^#   cogvlm-sft data build (.+)$", text, re.MULTILINE)
+    name, *overrides = shlex.split(command)
+    assert name == path.stem
+    loaded = load_recipe(name, overrides)
+    assert loaded.image_root is not None
+    for entry in loaded.sources:
+        assert entry.images and all(p.is_relative_to(loaded.image_root) for p in entry.images)
 
 
 def test_list_sources_tells_what_to_fetch(tmp_path):

@@ -4,7 +4,11 @@ import pytest
 
 from cogvlm_sft.conversation import read_conversations
 from cogvlm_sft.errors import DataError
+from data_builders import annotations, caption_sets
+from data_builders.annotations import read_records
 from data_builders.caption_sets import REQUESTS
+from data_builders.recipe import SourceEntry
+from data_builders.source import load_source
 
 
 def captions(built):
@@ -55,6 +59,26 @@ def test_karpathy_coco(root, run, write_json, picture):
     _, built, _ = run("coco_captions", [path], splits=["val", "test"])
     assert [(r["meta"]["split"], r["messages"][1]["content"]) for r in built] == [
         ("val", "x"), ("val", "y"), ("test", "z")]  # fmt: skip
+
+
+def test_karpathys_file_is_never_held_whole(write_json, monkeypatch):
+    """Batches are taken one at a time; the published file needs a gigabyte once decoded."""
+    taken = 0
+
+    def counted(*given):
+        nonlocal taken
+        for batch in read_records(*given):
+            taken += 1
+            yield batch
+
+    monkeypatch.setattr(annotations, "ROWS", 2)
+    monkeypatch.setattr(caption_sets, "read_records", counted)
+    images = [karpathy(f"COCO_train2014_{n:012d}.jpg", "train", "A dog.") for n in range(20)]
+    path = write_json("dataset_coco.json", {"images": images})
+    entry = SourceEntry(source="coco_captions", annotations=[path])
+    batches = load_source("coco_captions")(entry).batches(None)
+    for number in range(1, 11):
+        assert len(next(batches).records) == 2 and taken == number
 
 
 def official(*captions, images=((9, "COCO_train2014_000000000009.jpg"),)):
