@@ -2,7 +2,7 @@
 
 What it adds: a learning rate per parameter group, fp32 trainable weights, the loss at supervised
 positions only, a sampler that runs across epoch ends, and snapshots that are whole or absent
-(`snapshots.py`). Model, processor, dataset and collator come as objects. TRL 1.16 wants a
+(`snapshot_trainer.py`). Model, processor, dataset and collator come as objects. TRL 1.16 wants a
 `datasets.Dataset` and prepares it; ours is a torch dataset that encodes on demand, so TRL is shown
 one placeholder row and the real dataset is put in its place. TRL also patches `model.forward` with
 a fused head; the patch hands every call without `fused_lm_head` to the class's own forward, and
@@ -10,7 +10,6 @@ a fused head; the patch hands every call without `fused_lm_head` to the class's 
 """
 
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,15 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from cogvlm_sft.checkpoint.fill import StoredWeights, fill
-from cogvlm_sft.checkpoint.processor import save_processor
-from cogvlm_sft.checkpoint.sharded import is_sharded, load_sharded_moments, load_sharded_weights
-from cogvlm_sft.errors import CheckpointError, RecipeError
+from cogvlm_sft.errors import RecipeError
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.held_out import held_out_sums
@@ -40,13 +36,10 @@ from cogvlm_sft.training.optimization import (
     make_optimizer,
     rate_schedule,
 )
-from cogvlm_sft.training.stopping import is_lost_process
+from cogvlm_sft.training.snapshot_trainer import SnapshotTrainer
 from cogvlm_sft.training.throughput import Throughput, peak_flops, trained_matrices
-from cogvlm_sft.tune.adapters import AdapterFiles, load_adapter
+from cogvlm_sft.tune.adapters import AdapterFiles
 from cogvlm_sft.tune.groups import parameter_groups
-
-# transformers writes its arguments as a pickle beside the weights; the recipe says the same.
-_PICKLED_ARGUMENTS = "training_args.bin"
 
 
 def _reduce_in_fp32(accelerator: Accelerator) -> None:
@@ -58,7 +51,7 @@ def _reduce_in_fp32(accelerator: Accelerator) -> None:
         )
 
 
-class CogVLMTrainer(SFTTrainer):
+class CogVLMTrainer(SnapshotTrainer):
     """Fine-tuning of a CogVLM by a recipe's groups, rates and schedule."""
 
     # Attributes of transformers' Trainer that are set here too.
@@ -125,7 +118,6 @@ class CogVLMTrainer(SFTTrainer):
         # The model divides its summed loss by what we pass; transformers would guess it from the
         # class's signature.
         self.model_accepts_loss_kwargs = True
-        self._saving_into: Path | None = None
         self._rates_of_step: dict[str, float] = {}
         self._measured: tuple[int, dict[str, float]] = (-1, {})  # a step's held-out figures
         self.throughput = Throughput(
@@ -330,97 +322,3 @@ class CogVLMTrainer(SFTTrainer):
         self.throughput.count(inputs, self.state.global_step)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return str(self._saving_into or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a snapshot beside its place and rename it; older ones go only after that.
-
-        Raises:
-            CheckpointError: the disk is full or not writable; the last good snapshot stays.
-        """
-        output, step = Path(self.args.output_dir), self.state.global_step
-        staging = snapshots.staging_folder(output)
-        main = self.accelerator.is_main_process
-        try:
-            if main:
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            self._saving_into = staging
-            # Trainer's, not SFTTrainer's, which writes a model card into the output first.
-            Trainer._save_checkpoint(self, model, trial)
-            if main and self.is_fsdp_enabled and self.adapter is None:
-                # What makes shards a checkpoint that can be evaluated and talked to.
-                self.model.config.save_pretrained(staging / f"checkpoint-{step}")
-                save_processor(self.processing_class, staging / f"checkpoint-{step}")
-            self.accelerator.wait_for_everyone()
-            if main:
-                snapshots.publish(
-                    staging / f"checkpoint-{step}", snapshots.snapshot_folder(output, step)
-                )
-                snapshots.rotate(output, self.keep_snapshots)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if is_lost_process(error):
-                raise
-            # torch reports a full disk as RuntimeError, safetensors as its own error.
-            last = [path.name for path in snapshots.snapshots(output)]
-            raise CheckpointError(
-                f"{output}: the snapshot of step {step} cannot be written "
-                f"({shutil.disk_usage(output).free / 1e6:,.0f} MB are free there): {error}; "
-                f"the last one is {last[-1] if last else 'none'}"
-            ) from error
-        finally:
-            self._saving_into = None
-            if main:
-                shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.adapter is not None and output_dir is not None:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            self.adapter.save(self.model, Path(output_dir), state_dict)
-            save_processor(self.processing_class, Path(output_dir))
-            return
-        super()._save(output_dir, state_dict=state_dict)
-        if output_dir is not None:
-            save_processor(self.processing_class, Path(output_dir))
-            Path(output_dir, _PICKLED_ARGUMENTS).unlink(missing_ok=True)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif is_sharded(Path(resume_from_checkpoint)):
-            load_sharded_weights(self.model, Path(resume_from_checkpoint))
-        elif self.adapter is not None:
-            load_adapter(self.model, Path(resume_from_checkpoint))
-        else:
-            snapshots.load_weights(
-                self.model if model is None else model, Path(resume_from_checkpoint)
-            )
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint and is_sharded(Path(checkpoint)) and not self.is_fsdp_enabled:
-            self._load_sharded_moments(Path(checkpoint))
-            return
-        names = [group.get("name") for group in self.optimizer.param_groups]
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{checkpoint}: its optimizer does not fit: {error}") from error
-        loaded = [group.get("name") for group in self.optimizer.param_groups]
-        if loaded != names:
-            raise CheckpointError(
-                f"{checkpoint}: its optimizer has the groups {loaded}, this run has {names}"
-            )
-
-    def _load_sharded_moments(self, folder: Path) -> None:
-        """Moments from shards, schedule from its file, and the rates that follow from it."""
-        load_sharded_moments(self.model, self.optimizer, folder)
-        self.lr_scheduler.load_state_dict(
-            torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
-        )
-        rates = self.lr_scheduler.get_last_lr()
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
