@@ -42,12 +42,25 @@ def check_question(text: str) -> str:
             f"the question has {len(question):,} characters, expected at most {MAX_CHARACTERS:,}; "
             "shorten it"
         )
-    if marker := _MARKERS.search(question):
+    refuse_markers(question, "the question")
+    return question
+
+
+def refuse_markers(text: str, name: str) -> None:
+    """Looks for the markers of the prompts in what a person wrote.
+
+    Args:
+        text: Any text of a conversation.
+        name: What to call it in a message.
+
+    Raises:
+        DataError: There is one.
+    """
+    if marker := _MARKERS.search(text):
         raise DataError(
-            f"the question holds {marker.group()}, which marks a picture in CogVLM's own prompts; "
+            f"{name} holds {marker.group()}, which marks a picture in CogVLM's own prompts; "
             "leave it out (the picture is given apart) or write it otherwise"
         )
-    return question
 
 
 def read_upload(source: Path | bytes, name: str = "") -> Image.Image:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cogvlm_sft.allocator import return_freed_memory
-from cogvlm_sft.chat.limits import check_question, read_data_url
+from cogvlm_sft.chat.limits import MAX_FILE_BYTES, check_question, read_data_url, refuse_markers
 from cogvlm_sft.chat.session import open_chat
 from cogvlm_sft.errors import CogVLMSFTError, DataError
 
+# One picture in base64 and its conversation; a longer body is not read at all.
+_MAX_BODY_BYTES = MAX_FILE_BYTES * 4 // 3 + 2**20
 _INSTALL = "pip install 'cogvlm-sft[serve]'"
 
 
@@ -91,7 +93,7 @@ def build_app(
         def get_processor_inputs_from_messages(
             messages: list[dict[str, Any]], modality: Any
         ) -> list[dict[str, Any]]:
-            return [_message(message) for message in messages]
+            return read_messages(messages)
 
         def _build_generation_config(self, body: dict[str, Any], *rest: Any, **options: Any) -> Any:
             config = super()._build_generation_config(body, *rest, **options)  # type: ignore[misc]
@@ -100,7 +102,10 @@ def build_app(
             return config
 
     class Chats(Pictures, ChatCompletionHandler):
-        pass
+        async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+            if "messages" not in body:
+                raise DataError("the request holds no messages")
+            return await super().handle_request(body, request_id)
 
     class Responses(Pictures, ResponseHandler):
         pass
@@ -121,6 +126,15 @@ def build_app(
     def refusal(message: str, status: int) -> Any:
         error = {"message": message, "type": "invalid_request_error"}
         return fastapi.responses.JSONResponse({"error": error}, status_code=status)
+
+    @app.middleware("http")
+    async def _measure(request: Any, go_on: Any) -> Any:
+        if "transfer-encoding" in request.headers:
+            return refusal("a request must say its length (Content-Length)", 411)
+        if int(request.headers.get("content-length", 0)) > _MAX_BODY_BYTES:
+            most = _MAX_BODY_BYTES // 2**20
+            return refusal(f"the request has more than {most} MB; send a smaller picture", 413)
+        return await go_on(request)
 
     @app.exception_handler(CogVLMSFTError)
     async def _refuse(_: Any, error: CogVLMSFTError) -> Any:
@@ -150,25 +164,42 @@ def serve(
     uvicorn.run(app, host=host, port=port, log_level="warning")
 
 
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """One message of a client in the processor's form.
+def read_messages(messages: Any) -> list[dict[str, Any]]:
+    """Messages of a client in the processor's form.
+
+    Args:
+        messages: What came where OpenAI's interface has a list of role and content.
 
     Raises:
-        DataError: A part is neither text nor picture, or is refused by `limits`.
+        DataError: A message is of another shape, a part is neither text nor picture, or `limits`
+            refuses it.
     """
-    content = message.get("content") or ""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    role = str(message.get("role"))
-    read: list[dict[str, Any]] = []
-    for part in parts:
-        kind = part.get("type")
-        if kind in ("text", "input_text", "output_text"):
-            text = str(part.get("text", ""))
-            read.append({"type": "text", "text": check_question(text) if role == "user" else text})
-        elif kind in ("image_url", "input_image"):
-            url = part.get("image_url", "")
-            url = url.get("url", "") if isinstance(url, dict) else url
-            read.append({"type": "image", "image": read_data_url(str(url))})
-        else:
-            raise DataError(f"a message holds a part of type {kind!r}; expected text or image_url")
-    return {"role": role, "content": read}
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+        raise DataError("messages must be a list of objects with role and content")
+    return [_message(message) for message in messages]
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    role, content = str(message.get("role")), message.get("content")
+    if content is None or isinstance(content, str):
+        content = [{"type": "text", "text": content or ""}]
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise DataError(f"the content of a {role} message must be a text or a list of parts")
+    return {"role": role, "content": [_part(part, role) for part in content]}
+
+
+def _part(part: dict[str, Any], role: str) -> dict[str, Any]:
+    kind = part.get("type")
+    if kind in ("text", "input_text", "output_text"):
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise DataError(f"a text part of a {role} message holds no text")
+        if role == "user":
+            return {"type": "text", "text": check_question(text)}
+        refuse_markers(text, f"a {role} message")
+        return {"type": "text", "text": text}
+    if kind in ("image_url", "input_image"):
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        return {"type": "image", "image": read_data_url(str(url or ""))}
+    raise DataError(f"a message holds a part of type {kind!r}; expected text or image_url")

@@ -20,7 +20,7 @@ from cogvlm_sft.evaluation.metrics.boxes import parse_boxes
 
 HELP = (
     "/image PATH shows a picture, /draw PATH writes it with the last answer's boxes, "
-    "/reset forgets the conversation, /quit ends; else: a question"
+    "/reset forgets the conversation, /help says this, /quit ends; else: a question"
 )
 
 Write = Callable[[str], None]
@@ -49,7 +49,7 @@ def ask(
         draw: Where to write the picture with the answer's boxes; nothing is written without boxes.
 
     Returns:
-        image, question, answer, and boxes: lists of four thousandths of the picture's sides.
+        image, question, answer, and boxes: lists of four whole thousandths of the picture's sides.
 
     Raises:
         DataError: The picture, the question or the file to draw is not usable.
@@ -169,6 +169,8 @@ def _respond(chat: Chat, text: str, as_json: bool) -> Iterator[str]:
         yield f"looking at {path}; the conversation begins anew"
     elif command == "/draw" and rest.strip():
         yield f"written to {draw_last_answer(chat, _typed_path(rest.strip()))}"
+    elif text == "/help":
+        yield HELP
     elif command == "/reset":
         chat.reset()
         yield "forgotten"
@@ -192,7 +194,8 @@ def _typed_path(text: str) -> Path:
 
 def _record(chat: Chat, question: str, answer: str, image: Path | str | None) -> dict[str, Any]:
     boxes = parse_boxes(answer) if chat.picture is not None else []
-    record = {"question": question, "answer": answer, "boxes": [list(box) for box in boxes]}
+    whole = [[int(side) for side in box] for box in boxes]
+    record = {"question": question, "answer": answer, "boxes": whole}
     return {"image": str(image), **record} if image is not None else record
 
 

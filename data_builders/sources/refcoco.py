@@ -27,13 +27,14 @@ from data_builders.boxes import box_text, corners, look_up_size, picture_size
 from data_builders.clean import choose, clean_question, text_of
 from data_builders.images import ImageFinder
 from data_builders.pickles import read_pickle
+from data_builders.prompts import WHERE_IS
 from data_builders.published import COCO_TRAIN2014, File
 from data_builders.recipe import Strict
 from data_builders.source import Draft, Source
 from data_builders.splits import split_of_file
 
 WHERE = (
-    "Where is {}? Answer in [[x0,y0,x1,y1]] format.",
+    WHERE_IS,
     "Find {} in the image and give its box in [[x0,y0,x1,y1]] format.",
     "Give the coordinates of {} in [[x0,y0,x1,y1]] format.",
 )

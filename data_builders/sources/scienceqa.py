@@ -1,10 +1,10 @@
 """ScienceQA: school questions with choices, one JSON object keyed by problem.
 
 Entry: `{"question", "choices", "answer": index, "hint", "image": "image.png"|null, "split"}`; the
-picture is `<split>/<id>/image.png`. The question is followed by the hint, where there is one, and
-the choices as `A. …` lines; the answer is the letter. Problems without a picture are left out
-unless `text_only` is set. The split stands in each entry; where `pid_splits.json` is listed too, a
-problem that either of them holds out stays out.
+picture is `<split>/<id>/image.png`. The question stands behind the hint, where there is one, and
+before the choices as `A. …` lines; the answer is the letter. Problems without a picture are left
+out unless `text_only` is set. The split stands in each entry; where `pid_splits.json` is listed
+too, a problem that either of them holds out stays out.
 
 Usage:
     python -m data_builders.sources.scienceqa --annotations problems.json \\
@@ -19,12 +19,12 @@ from typing import Any
 from data_builders.annotations import Batch, read_keyed, read_mapping
 from data_builders.clean import rounds, text_of
 from data_builders.images import ImageFinder
+from data_builders.prompts import lettered
 from data_builders.published import File, Folder
 from data_builders.source import Draft, Source
 from data_builders.splits import SplitOptions, split_named
 
 _SPLIT_LISTS = "pid_splits.json"
-_ASK = "Answer with the option's letter from the given choices directly."
 
 
 class ScienceOptions(SplitOptions):
@@ -103,12 +103,9 @@ class Scienceqa(Source):
             return "empty_question" if type(question) in (str, NoneType) else "question_not_a_text"
         if not all(options):
             return "choices_missing"
-        lines = [question.strip()]
         hint = entry.get("hint")
-        if type(hint) is str and hint.strip():
-            lines.append(f"Context: {hint.strip()}")
-        lines += [f"{chr(65 + n)}. {choice}" for n, choice in enumerate(options)]
-        turns = rounds(["\n".join([*lines, _ASK]), chr(65 + answer)], notes)
+        asked = lettered(question, options, hint if type(hint) is str else "")
+        turns = rounds([asked, chr(65 + answer)], notes)
         if type(turns) is str:
             return turns
         assert isinstance(turns, list)

@@ -20,11 +20,10 @@ from data_builders.annotations import Batch, read_records
 from data_builders.boxes import box_text, corners, look_up_size
 from data_builders.clean import text_of
 from data_builders.images import ImageFinder
+from data_builders.prompts import pointing
 from data_builders.published import File, Folder
 from data_builders.source import Draft, Source
 from data_builders.splits import SplitOptions, split_named
-
-_FORMAT = "Answer in [[x0,y0,x1,y1]] format."
 
 
 class Visual7w(Source):
@@ -91,7 +90,7 @@ class Visual7w(Source):
             answer = box_text([box], *record["sides"])
             if not answer.startswith("[["):
                 return answer
-            question = f"{question.strip()} {_FORMAT}"
+            question = pointing(question)
             facts["style"] = self.entry.style or "base"
         return self.short(question, answer, record["image"], notes, **facts)
 

@@ -1,6 +1,7 @@
 """The server, asked by the official `openai` client over HTTP."""
 
 import base64
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -117,10 +119,22 @@ def test_another_model_and_a_picture_by_address_are_refused(client: Any) -> None
             "opens no files",
         ),
         ([{"role": "user", "content": "x" * 2**20}], "expected at most 8,000"),
+        ([{"role": "user", "content": ["hello"]}], "a text or a list of parts"),
+        ([{"role": "user", "content": 5}], "a text or a list of parts"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "holds no text"),
+        (["hello"], "a list of objects"),
+        (
+            [
+                {"role": "user", "content": "7?"},
+                {"role": "assistant", "content": "an <image>"},
+                {"role": "user", "content": "7?"},
+            ],
+            "assistant message holds <image>",
+        ),
     ],
 )
 def test_refusals_are_said_and_the_server_goes_on(
-    client: Any, messages: list[dict[str, Any]], message: str
+    client: Any, messages: list[Any], message: str
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=message):
         client.chat.completions.create(model="cogvlm", messages=messages, max_tokens=2)
@@ -130,3 +144,17 @@ def test_refusals_are_said_and_the_server_goes_on(
         model="cogvlm", messages=_asked(None, "7?"), max_tokens=2
     )
     assert reply.choices
+
+
+def test_a_body_without_messages_or_without_bounds_is_refused(client: Any) -> None:
+    address = f"{client.base_url}chat/completions"
+    reply = httpx.post(address, json={"model": "cogvlm"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"] == "the request holds no messages"
+    # Refused by its header: of the body nothing is sent.
+    server = (client.base_url.host, client.base_url.port)
+    for header, status in ((f"Content-Length: {2**30}", 413), ("Transfer-Encoding: chunked", 411)):
+        with socket.create_connection(server, timeout=60) as line:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+            line.sendall(f"{head}Content-Type: application/json\r\n{header}\r\n\r\n".encode())
+            assert line.recv(64).startswith(f"HTTP/1.1 {status} ".encode())

@@ -87,7 +87,7 @@ def test_boxes_of_an_answer_are_returned_and_drawn(
 ) -> None:
     monkeypatch.setattr(session.Chat, "answer", _boxed)
     record = ask(checkpoint, picture, "Where?", draw=tmp_path / "drawn.png")
-    assert record["boxes"] == [[100.0, 200.0, 500.0, 900.0]]
+    assert json.dumps(record["boxes"]) == "[[100, 200, 500, 900]]"
     with Image.open(tmp_path / "drawn.png") as drawn:
         assert drawn.size == (40, 30)
         assert len(drawn.getcolors() or []) > 1
@@ -153,6 +153,11 @@ def test_the_loop_in_json(checkpoint: Path) -> None:
     chat = open_chat(checkpoint, decoding=SHORT)
     said = _loop(chat, "What digit is this?", "7?", as_json=True)
     assert [json.loads(line)["question"] for line in said] == ["What digit is this?", "7?"]
+
+
+def test_help_lists_the_commands(checkpoint: Path) -> None:
+    said = _loop(open_chat(checkpoint, decoding=SHORT), "/help")
+    assert "/image PATH" in said[1] and "error" not in said[1]
 
 
 def test_history_changes_the_prompt(checkpoint: Path, picture: Path) -> None:

@@ -462,7 +462,7 @@ def test_visual7w(root, run, write_json, picture):
     path = write_json("dataset_v7w_pointing.json",
                       {"dataset": "visual7w", "boxes": boxes, "images": images})  # fmt: skip
     report, built, _ = run("visual7w", [path])
-    ask = "Answer in [[x0,y0,x1,y1]] format."
+    ask = "answer in [[x0,y0,x1,y1]] format."
     assert [(r["style"], *(m["content"] for m in r["messages"])) for r in built] == [
         ("base", f"<image>\nWhich cat? {ask}", "[[100,100,500,500]]"),
         ("base", f"<image>\nWhich dog? {ask}", "[[000,000,500,500]]"),

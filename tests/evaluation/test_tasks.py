@@ -1,15 +1,20 @@
 """Each benchmark from its official files: how it asks, what answers score, what it uploads."""
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from cogvlm_sft.conversation import read_conversations
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.tasks import TASKS, captioning, find_task
 from cogvlm_sft.evaluation.tasks.task import Question, judged_scores
+from data_builders.build import build_recipe
+from data_builders.recipe import parse_recipe
 
 from .official_files import make
 
@@ -114,6 +119,60 @@ def test_upload_formats(name: str, tmp_path: Path) -> None:
     questions = task.read(*make(name, tmp_path))
     assert task.upload is not None
     assert task.upload(questions, ["x"] * len(questions)) == UPLOADS[name]
+
+
+def test_gqa_uploads_what_its_script_compares(tmp_path: Path) -> None:
+    task = find_task("gqa")
+    questions = task.read(*make("gqa", tmp_path))
+    assert task.upload is not None
+    rows = task.upload(questions, ["Bedroom.", " No"])
+    assert [row["prediction"] for row in rows] == ["bedroom", "no"]
+
+
+@pytest.mark.parametrize("name", ["vqav2", "textvqa"])
+def test_empty_lists_of_answers_are_hidden_answers(name: str, tmp_path: Path) -> None:
+    files, images = make(name, tmp_path)
+    content = json.loads(files[-1].read_text())
+    for row in content.get("annotations") or content["data"]:
+        row["answers"] = []
+    files[-1].write_text(json.dumps(content))
+    assert {question.truth for question in find_task(name).read(files, images)} == {None}
+
+
+def test_pointing_measures_pictures_upright_and_names_a_broken_one(tmp_path: Path) -> None:
+    files, images = make("visual7w_pointing", tmp_path)
+    task = find_task("visual7w_pointing")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(images / "a.jpg", exif=exif)
+    truth = task.read(files, images)[0].truth
+    assert (truth["width"], truth["height"]) == (30, 40)
+    (images / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"question 21: picture 'a\.jpg' is not usable"):
+        task.read(files, images)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "split"),
+    [("scienceqa", "scienceqa", "test"), ("refcoco", "refcoco", "testA"),
+     ("visual7w_pointing", "visual7w", "test")],
+)  # fmt: skip
+def test_builds_train_on_the_prompts_that_are_scored(
+    name: str, source: str, split: str, tmp_path: Path
+) -> None:
+    files, images = make(name, tmp_path)
+    asked = {question.text for question in find_task(name).read(files, images)}
+    if name == "scienceqa":  # problems 8 and 9 show no picture of their own
+        files = files[:1]
+    build = {"out": str(tmp_path / "built"), "image_root": str(tmp_path), "workers": 1,
+             "sources": [{"source": source, "annotations": list(map(str, files)),
+                          "images": [str(images)], "splits": [split]}]}  # fmt: skip
+    build_recipe(parse_recipe(build, "test"))
+    built = {
+        one.messages[0].content.removeprefix("<image>\n")
+        for one in read_conversations(tmp_path / "built")
+    }
+    assert built and built <= asked
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -25,9 +25,14 @@ def exact_match(prediction: str, answer: str) -> bool:
     return normalize_answer(prediction) == normalize_answer(answer)
 
 
+def gqa_answer(prediction: str) -> str:
+    """An answer as LLaVA converts it for GQA: final full stops and case go, nothing else does."""
+    return prediction.strip().rstrip(".").lower()
+
+
 def gqa_match(prediction: str, answer: str) -> bool:
-    """GQA's comparison as LLaVA converts it: final full stops and case go, nothing else does."""
-    return prediction.strip().rstrip(".").lower() == answer.lower()
+    """GQA's comparison: `gqa_answer` of the prediction against the true answer."""
+    return gqa_answer(prediction) == answer.lower()
 
 
 def lower_match(prediction: str, answer: str) -> bool:

@@ -24,15 +24,9 @@ from cogvlm_sft.evaluation.tasks.task import (
     load_json,
     one_file,
 )
+from data_builders.prompts import lettered
 
-_ASK = "Answer with the option's letter from the given choices directly."
 _PICTURE, _NO_PICTURE = "with picture", "without picture"
-
-
-def lettered(question: str, options: Sequence[str]) -> str:
-    """A question with its options as lines "A. ...", and the request for a letter."""
-    lines = [f"{chr(ord('A') + index)}. {option}" for index, option in enumerate(options)]
-    return "\n".join([question, *lines, _ASK])
 
 
 def _scienceqa(paths: Sequence[Path], images: Path) -> list[Question]:
@@ -48,7 +42,6 @@ def _scienceqa(paths: Sequence[Path], images: Path) -> list[Question]:
     questions = []
     for key in splits["test"]:
         problem = field_of(problems, key, "problems.json")
-        asked = "\n".join(filter(None, (problem.get("hint"), problem["question"])))
         files: tuple[Path, ...] = ()
         if problem.get("image"):
             names = (f"test/{key}/{problem['image']}", f"{key}/{problem['image']}")
@@ -58,7 +51,7 @@ def _scienceqa(paths: Sequence[Path], images: Path) -> list[Question]:
             Question(
                 id=key,
                 images=files,
-                text=lettered(asked, options),
+                text=lettered(problem["question"], options, problem.get("hint") or ""),
                 style="vqa",
                 truth={"letter": chr(ord("A") + problem["answer"]), "options": len(options)},
                 shown=f"{chr(ord('A') + problem['answer'])}. {options[problem['answer']]}",
@@ -136,10 +129,9 @@ def _scienceqa_results(questions: Sequence[Question], answers: Sequence[str]) ->
     return {"results": results, "outputs": outputs}
 
 
-_PROMPT = (
-    "released VQA template; the question, options as lines A. B. C., then: "
-    f"{_ASK}"
-)  # fmt: skip
+_PROMPT = "released VQA template; as the data set's builder writes it: " + " / ".join(
+    lettered("{question}", ["…", "…"]).splitlines()
+)
 _POST = "a lone letter, a leading `X. `, or `The answer is X.`; anything else is wrong"
 
 TASKS = (

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.metrics.boxes import (
     Box,
@@ -35,6 +33,7 @@ from cogvlm_sft.evaluation.tasks.task import (
     one_file,
 )
 from data_builders.pickles import read_pickle
+from data_builders.prompts import WHERE_IS, pointing
 
 _IOU = 0.5
 
@@ -68,7 +67,7 @@ def _refcoco(paths: Sequence[Path], images: Path) -> list[Question]:
                 Question(
                     id=str(sentence["sent_id"]),
                     images=(file,),
-                    text=f"Where is {sentence['sent']}? answer in [[x0,y0,x1,y1]] format.",
+                    text=WHERE_IS.format(sentence["sent"]),
                     style="base",
                     truth={"box": box, "width": size["width"], "height": size["height"]},
                     shown=write_box(box, size["width"], size["height"]),
@@ -108,20 +107,20 @@ def _pointing(paths: Sequence[Path], images: Path) -> list[Question]:
         for row in field_of(content, "boxes", "Visual7W pointing")
     }
     pictures = Pictures(images)
-    sizes: dict[Path, tuple[int, int]] = {}
+    sizes: dict[Path, tuple[float, float]] = {}
     questions = []
     for picture, pair in visual7w_pairs(content):
-        file = pictures.find(picture["filename"], where=f"question {pair['qa_id']}")
+        where = f"question {pair['qa_id']}"
+        file = pictures.find(picture["filename"], where=where)
         if file not in sizes:
-            with Image.open(file) as opened:
-                sizes[file] = opened.size
+            sizes[file] = pictures.size(picture["filename"], where=where)
         width, height = sizes[file]
         candidates = [pair["answer"], *pair["multiple_choices"]]
         questions.append(
             Question(
                 id=str(pair["qa_id"]),
                 images=(file,),
-                text=f"{pair['question']} answer in [[x0,y0,x1,y1]] format.",
+                text=pointing(pair["question"]),
                 style="base",
                 truth={
                     "candidates": {str(one): boxes[one] for one in sorted(candidates)},
@@ -178,7 +177,7 @@ def _pointing_rows(questions: Sequence[Question], answers: Sequence[str]) -> lis
 def _task(name: str, title: str, refs: str, figures: tuple[published.Published, ...]) -> Task:
     return Task(
         name, title, f"{refs} and instances.json", _refcoco,
-        "base template: Where is {sentence}? answer in [[x0,y0,x1,y1]] format.",
+        "base template: " + WHERE_IS.format("{sentence}"),
         "all [[...]] boxes of the answer merged into one, thousandths turned into pixels",
         "share of sentences with IoU > 0.5, for every part of the file", _refcoco_score, 48,
         published=figures, upload_name=f"{name}_results.json", upload=_refcoco_rows,
@@ -191,7 +190,7 @@ TASKS = (
     _task("refcocog", "RefCOCOg", "refs(umd).p", published.REFCOCOG),
     Task(
         "visual7w_pointing", "Visual7W, pointing (test)", "dataset_v7w_pointing.json", _pointing,
-        "base template: {question} answer in [[x0,y0,x1,y1]] format.",
+        "base template: " + pointing("{question}"),
         "the answer's boxes merged; the candidate with the largest IoU is chosen",
         "share of questions whose candidate is the right one of four", _pointing_score, 48,
         published=published.VISUAL7W,

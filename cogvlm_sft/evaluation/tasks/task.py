@@ -15,6 +15,7 @@ import orjson
 
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.metrics.intervals import Figure
+from data_builders.boxes import look_up_size
 from data_builders.images import ImageFinder
 
 
@@ -224,6 +225,17 @@ class Pictures:
             f"{where}: picture {names[0]!r} is not below {self._folder} "
             f"({reason.replace('_', ' ')}); give the folder of the pictures as --images"
         )
+
+    def size(self, name: str, where: str) -> tuple[float, float]:
+        """Width and height of a picture in pixels, after its EXIF rotation.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        sides, reason = look_up_size(self._finder, name)
+        if sides is None:
+            raise DataError(f"{where}: picture {name!r} is not usable: {reason.replace('_', ' ')}")
+        return sides
 
 
 def field_of(record: Any, key: str, where: str) -> Any:

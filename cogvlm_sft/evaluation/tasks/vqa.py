@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_sft.errors import DataError
-from cogvlm_sft.evaluation.metrics.exact import exact_match, gqa_match, lower_match
+from cogvlm_sft.evaluation.metrics.exact import (
+    exact_match,
+    gqa_answer,
+    gqa_match,
+    lower_match,
+)
 from cogvlm_sft.evaluation.metrics.intervals import Figure, mean_of, mean_within
 from cogvlm_sft.evaluation.metrics.types import mean_per_type
 from cogvlm_sft.evaluation.metrics.vqa import Normalization, vqa_accuracy
@@ -52,7 +57,7 @@ def _joined(paths: Sequence[Path], images: Path) -> list[Question]:
         answer = answered.get(key)
         if answered and answer is None:
             raise DataError(f"{where}: stands in the question file alone; files of two splits?")
-        humans = [human["answer"] for human in answer["answers"]] if answer else None
+        humans = [human["answer"] for human in answer["answers"]] or None if answer else None
         questions.append(
             Question(
                 id=str(key),
@@ -83,7 +88,7 @@ def _textvqa(paths: Sequence[Path], images: Path) -> list[Question]:
     questions = []
     for record in field_of(load_json(path), "data", str(path)):
         where = f"question {field_of(record, 'question_id', str(path))}"
-        humans = record.get("answers")
+        humans = record.get("answers") or None
         questions.append(
             Question(
                 id=str(record["question_id"]),
@@ -156,6 +161,11 @@ def _gqa(paths: Sequence[Path], images: Path) -> list[Question]:
                      {"questionId": key})
         )  # fmt: skip
     return questions
+
+
+def _gqa_rows(questions: Sequence[Question], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """GQA's own script compares with ==, so the answers are normalised as for our figure."""
+    return rows_with("prediction")(questions, [gqa_answer(answer) for answer in answers])
 
 
 def _soft(
@@ -253,7 +263,7 @@ TASKS = (
         "gqa", "GQA", "testdev_balanced_questions.json", _gqa, _PROMPT,
         "final full stops and case removed", "exact match", _hard(gqa_match), _TOKENS,
         published=published.GQA,
-        upload_name="gqa_results.json", upload=rows_with("prediction"),
+        upload_name="gqa_results.json", upload=_gqa_rows,
     ),
     Task(
         "vizwiz", "VizWiz", "Annotations/val.json or test.json", _vizwiz,
