@@ -27,6 +27,7 @@ from cogvlm_sft.evaluation.metrics.boxes import parse_boxes
 COLUMNS = 3
 _SIDE = 720
 _WAITING = 64
+_KEPT_SECONDS = 3600
 _SILENT = "(it said nothing)"
 
 History = list[tuple[str, str]]
@@ -106,6 +107,11 @@ def answers(
         raise DataError("no checkpoint is chosen; tick at least one under 'Side by side'")
     if len(chosen) > COLUMNS:
         raise DataError(f"{len(chosen)} checkpoints are chosen, expected at most {COLUMNS}")
+    if picture is not None and not picture.is_file():
+        raise DataError(
+            f"the picture is no longer kept, {_KEPT_SECONDS // 60} minutes after it was handed in; "
+            "drop it again"
+        )
     shown = read_upload(picture) if picture is not None else None
     for label in chosen:
         loaded = shelf.take(label, chosen)
@@ -152,7 +158,7 @@ def build_page(
     labels = list(shelf.checkpoints)
 
     with gr.Blocks(
-        title=f"CogVLM: {checkpoint.name}", delete_cache=(600, 3600), fill_width=True
+        title=f"CogVLM: {checkpoint.name}", delete_cache=(600, _KEPT_SECONDS), fill_width=True
     ) as blocks:
         picture = gr.State(None)
         histories = gr.State({})
@@ -293,16 +299,6 @@ def build_page(
         def on_anew() -> list[Any]:
             return [gr.HTML(visible=False), {}, *fresh_columns()]
 
-        gr.on(
-            [upload.upload, upload.clear],
-            on_upload,
-            upload,
-            [notice, upload, preview, picture, histories, *results],
-            show_progress="hidden",
-        )
-        chosen.change(
-            on_choice, [chosen, histories], [*columns, *chats, *drawings], show_progress="hidden"
-        )
         running = gr.on(
             [ask.click, question.submit],
             on_ask,
@@ -311,8 +307,24 @@ def build_page(
             concurrency_limit=1,
             show_progress="minimal",
         )
+        # An answer that went on would write into columns that are no longer its own. Gradio breaks
+        # it off beside the event itself, so its last piece may come after: what the conversations
+        # hold is shown once more.
+        uploaded = gr.on(
+            [upload.upload, upload.clear],
+            on_upload,
+            upload,
+            [notice, upload, preview, picture, histories, *results],
+            show_progress="hidden",
+            cancels=[running],
+        )
+        show = (on_choice, [chosen, histories], [*columns, *chats, *drawings])
+        uploaded.then(*show, show_progress="hidden")
+        ticked = chosen.change(*show, show_progress="hidden", cancels=[running])
+        ticked.then(*show, show_progress="hidden")
+        emptied = anew.click(on_anew, None, [notice, histories, *results], cancels=[running])
+        emptied.then(*show, show_progress="hidden")
         stop.click(None, cancels=[running])
-        anew.click(on_anew, None, [notice, histories, *results], cancels=[running])
     return blocks.queue(max_size=_WAITING)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from cogvlm_sft.chat.checkpoints import related_checkpoints
 from cogvlm_sft.chat.session import Chat, Decoding
-from cogvlm_sft.errors import CheckpointError
+from cogvlm_sft.errors import CheckpointError, DataError
 
 from .test_limits import huge_png
 
@@ -34,7 +34,11 @@ _REAL_ANSWER = Chat.answer
 
 def _answer(chat: Chat, question: str) -> Iterator[str]:
     """The real stream, but for questions that begin with "Where": random weights point nowhere."""
-    if question.startswith("Where"):
+    if question.startswith("Slow"):
+        for _ in range(600):
+            time.sleep(0.1)
+            yield "still "
+    elif question.startswith("Where"):
         chat.history.append((question, "there [[100,200,500,900]]"))
         yield "there "
         yield "[[100,200,500,900]]"
@@ -118,6 +122,34 @@ def test_a_picture_a_question_and_boxes(page: Any, url: str, picture: Path, tmp_
     page.wait_for_function("document.querySelectorAll('.message.user').length == 0")
     outside = [one for one in asked if not one.startswith((url, "data:", "blob:"))]
     assert not outside, "the page asked another machine"
+
+
+@pytest.mark.slow
+def test_what_begins_anew_breaks_off_the_answer(page: Any, url: str, picture: Path) -> None:
+    _open(page, url)
+
+    def upload() -> None:
+        page.set_input_files("#picture-file input[type=file]", str(picture))
+        page.wait_for_selector("#preview img")
+
+    for change in (upload, lambda: page.click("#chosen >> text=base")):
+        page.fill("#question textarea", "Slow?")
+        page.click("#ask")
+        page.wait_for_selector("#chat-0 >> text=still")
+        change()
+        page.wait_for_function("document.querySelectorAll('.message.user').length == 0")
+        page.wait_for_timeout(1500)  # a stream that went on would write every tenth of a second
+        assert page.locator(".message.user").count() == 0
+    assert _ask(page, "What digit is this?")
+
+
+def test_a_picture_that_is_no_longer_kept(run: Path, tmp_path: Path) -> None:
+    from cogvlm_sft.chat.web import Shelf, answers
+
+    with pytest.raises(DataError, match="no longer kept, 60 minutes after") as told:
+        shown = tmp_path / "gone.png"
+        list(answers(Shelf({"run": run}), ["run"], shown, "7?", "chat", Decoding(), {}))
+    assert str(Path.cwd()) not in str(told.value)
 
 
 @pytest.mark.slow

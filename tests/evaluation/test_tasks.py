@@ -158,8 +158,10 @@ def test_pointing_measures_pictures_upright_and_names_a_broken_one(tmp_path: Pat
      ("visual7w_pointing", "visual7w", "test")],
 )  # fmt: skip
 def test_builds_train_on_the_prompts_that_are_scored(
-    name: str, source: str, split: str, tmp_path: Path
+    name: str, source: str, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # RefCOCO is trained on several requests; the first of them is the one that is scored.
+    monkeypatch.setattr("data_builders.sources.refcoco.choose", lambda requests, _: requests[0])
     files, images = make(name, tmp_path)
     asked = {question.text for question in find_task(name).read(files, images)}
     if name == "scienceqa":  # problems 8 and 9 show no picture of their own
@@ -169,7 +171,7 @@ def test_builds_train_on_the_prompts_that_are_scored(
                           "images": [str(images)], "splits": [split]}]}  # fmt: skip
     build_recipe(parse_recipe(build, "test"))
     built = {
-        one.messages[0].content.removeprefix("<image>\n")
+        one.turns[0].content.removeprefix("<image>\n")
         for one in read_conversations(tmp_path / "built")
     }
     assert built and built <= asked
