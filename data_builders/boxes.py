@@ -49,9 +49,15 @@ def box_text(boxes: Sequence[Corners], width: float, height: float) -> str:
     for x0, y0, x1, y1 in boxes:
         if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
             return "box_outside_picture"
-        scaled = (x0 / width, y0 / height, x1 / width, y1 / height)
-        written.append(",".join(f"{min(max(int(v * 1000), 0), 999):03d}" for v in scaled))
+        written.append(thousandths((x0, y0, x1, y1), width, height))
     return f"[[{';'.join(written)}]]"
+
+
+def thousandths(box: Corners, width: float, height: float) -> str:
+    """`x0,y0,x1,y1` of a box in pixels, clipped to the picture; the one place of the rule."""
+    x0, y0, x1, y1 = box
+    scaled = (x0 / width, y0 / height, x1 / width, y1 / height)
+    return ",".join(f"{min(max(int(v * 1000), 0), 999):03d}" for v in scaled)
 
 
 def picture_size(width: Any, height: Any) -> tuple[float, float] | None:

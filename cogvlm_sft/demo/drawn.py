@@ -9,12 +9,13 @@ than on grey. Every draw comes from a `random.Random` that the caller seeds: the
 same bytes.
 """
 
-import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
+
+from data_builders.boxes import thousandths
 
 PICTURE_SIZE = 56
 CELLS = 4
@@ -76,12 +77,7 @@ def box_text(box: tuple[float, float, float, float], size: tuple[int, int]) -> s
         box: x0, y0, x1, y1 in pixels.
         size: Width and height in pixels.
     """
-    limits = (size[0], size[1], size[0], size[1])
-    values = [
-        min(999, max(0, math.floor(value * 1000 / limit)))
-        for value, limit in zip(box, limits, strict=True)
-    ]
-    return "[[" + ",".join(f"{value:03d}" for value in values) + "]]"
+    return f"[[{thousandths(box, *size)}]]"
 
 
 def draw_sign(text: str, rng: random.Random) -> Image.Image:

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cogvlm_sft.demo import drawn
 from cogvlm_sft.errors import DataError
+from cogvlm_sft.evaluation.metrics.boxes import write_box
 from data_builders.boxes import box_text, corners
 from data_builders.pickles import read_pickle
 from data_builders.sources.refcoco import WHERE
@@ -29,6 +31,16 @@ from data_builders.sources.refcoco import WHERE
 )
 def test_box_text(box, sides, text):
     assert box_text([box], *sides) == text
+
+
+@given(st.lists(st.floats(0, 600), min_size=4, max_size=4), st.integers(1, 700),
+       st.integers(1, 700))  # fmt: skip
+def test_builds_evaluation_and_demo_write_a_box_alike(numbers, width, height):
+    (x0, x1), (y0, y1) = sorted(numbers[::2]), sorted(numbers[1::2])
+    box = x0, y0, x1, y1
+    written = write_box(box, width, height)
+    assert drawn.box_text(box, (width, height)) == written
+    assert box_text([box], width, height) in (written, "box_outside_picture")
 
 
 def test_several_boxes_stand_in_one_bracket():

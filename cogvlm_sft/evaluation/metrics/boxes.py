@@ -9,6 +9,8 @@ no box counts as wrong and never as missing, so that the denominator is the numb
 import re
 from collections.abc import Sequence
 
+from data_builders.boxes import thousandths
+
 Box = tuple[float, float, float, float]
 
 _GROUP = re.compile(r"\[\[(?P<boxes>[^\[\]]*)\]\]")
@@ -84,11 +86,7 @@ def write_box(box: Box, width: float, height: float) -> str:
         box: x0, y0, x1, y1 in pixels.
         width, height: Of the picture, in pixels.
     """
-    sides = (width, height, width, height)
-    thousandths = [
-        min(999, max(0, int(value / side * 1000))) for value, side in zip(box, sides, strict=True)
-    ]
-    return "[[" + ",".join(f"{value:03d}" for value in thousandths) + "]]"
+    return f"[[{thousandths(box, width, height)}]]"
 
 
 def to_pixels(box: Box, width: float, height: float) -> Box:
