@@ -7,19 +7,23 @@ decoding is used and printed, there is no option to change it, since a score und
 is another benchmark.
 """
 
+import functools
 import gc
 import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
+from cogvlm_sft.checkpoint.adapter import base_of, is_adapter
 from cogvlm_sft.checkpoint.load import load_processor
 from cogvlm_sft.conversation import strip_marker
 from cogvlm_sft.errors import DataError
@@ -35,6 +39,7 @@ from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.recipe import EvaluateTask
 
 _WINDOW = 1024
+_LONGEST_WAIT = timedelta(days=7)
 
 
 def evaluate_checkpoint(
@@ -181,12 +186,14 @@ def evaluate_model(
     questions = found.read(paths, Path(images) if images is not None else Path("."))[:limit]
     if not questions:
         raise DataError(f"{', '.join(map(str, paths))}: holds no question; nothing to evaluate")
+    _check_unique(questions, paths)
     process, processes = _process()
     log = None
     if output is not None:
         run = {
             "task": task,
             "checkpoint": _identity(checkpoint),
+            "tokenizer": _tokenizer_identity(processor),
             "decoding": found.decoding,
             "weights": describe_weights(model),
             "batch_size": batch_size,
@@ -199,7 +206,11 @@ def evaluate_model(
     elif processes > 1:
         raise DataError("several processes share their answers through files; give an output")
     _wait(processes)
-    answers = _answers(model, processor, found, questions, batch_size, log, process, processes)
+    known = log.known() if log is not None else {}
+    _wait(processes)  # until all have read what is there; then they add to it
+    answers = _answers(
+        model, processor, found, questions, batch_size, log, known, process, processes
+    )
     _wait(processes)
     if process:
         _wait(processes)  # until the first has written the results
@@ -220,6 +231,19 @@ def evaluate_model(
     return report
 
 
+def _check_unique(questions: Sequence[Question], paths: Sequence[Path]) -> None:
+    """Answers are kept by the questions' ids."""
+    number, identity = next(
+        ((n, one) for one, n in Counter(question.id for question in questions).items() if n > 1),
+        (1, ""),
+    )
+    if number > 1:
+        raise DataError(
+            f"{', '.join(map(str, paths))}: {number} questions have the id {identity!r}, expected "
+            "one; is a file given twice, or do two builds name their conversations alike?"
+        )
+
+
 def _answers(
     model: CogVLMForCausalLM,
     processor: CogVLMProcessor,
@@ -227,14 +251,23 @@ def _answers(
     questions: Sequence[Question],
     batch_size: int,
     log: Predictions | None,
+    known: dict[str, str],
     process: int,
     processes: int,
 ) -> list[str]:
-    """Answers of this process's chunks that are not there yet; others stay empty."""
-    known = log.known() if log is not None else {}
+    """Answers of this process's share of the open chunks; others stay empty.
+
+    Args:
+        known: Answers that are there, the same in all processes.
+    """
     answers = [known.get(question.id, "") for question in questions]
-    mine = chunks(questions, batch_size)[process::processes]
-    mine = [chunk for chunk in mine if any(questions[i].id not in known for i in chunk)]
+    # Dealt out after the finished ones are gone, so that a restart busies all processes.
+    unfinished = [
+        chunk
+        for chunk in chunks(questions, batch_size)
+        if any(questions[index].id not in known for index in chunk)
+    ]
+    mine = unfinished[process::processes]
     with tqdm(
         total=len(questions) if processes == 1 else sum(map(len, mine)),
         initial=len(questions) - sum(map(len, mine)) if processes == 1 else 0,
@@ -344,8 +377,10 @@ def _evaluate_text(
     output: Path | str | None,
     checkpoint: Path | str | None,
 ) -> dict[str, Any]:
-    if _process()[1] > 1:
-        raise DataError(f"{PERPLEXITY} runs in one process")
+    process, processes = _process()
+    if process:  # the text is short beside the benchmarks: the first process reads it alone
+        _wait(processes)
+        return {}
     texts = read_texts(paths)[:limit]
     length = min(_WINDOW, model.config.max_position_embeddings)
     figures, windows = score_texts(
@@ -370,6 +405,7 @@ def _evaluate_text(
         lines = "".join(json.dumps(window) + "\n" for window in windows)
         write_text(Path(output) / "windows.jsonl", lines)
         write_report(Path(output), [report])
+    _wait(processes)
     return report
 
 
@@ -377,12 +413,16 @@ def _write_upload(
     task: Task, questions: Sequence[Question], answers: Sequence[str], folder: Path
 ) -> None:
     assert task.upload is not None
-    content = task.upload(questions, answers)
-    if task.upload_name.endswith(".jsonl"):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-    else:
-        text = json.dumps(content, ensure_ascii=False) + "\n"
-    write_text(folder / task.upload_name, text)
+    parts: dict[str, list[int]] = {}
+    for index, question in enumerate(questions):
+        parts.setdefault(task.upload_name.format(group=question.group), []).append(index)
+    for name, chosen in parts.items():
+        content = task.upload([questions[i] for i in chosen], [answers[i] for i in chosen])
+        if name.endswith(".jsonl"):
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        else:
+            text = json.dumps(content, ensure_ascii=False) + "\n"
+        write_text(folder / name, text)
 
 
 def _process() -> tuple[int, int]:
@@ -391,15 +431,23 @@ def _process() -> tuple[int, int]:
 
 
 def _wait(processes: int) -> None:
-    """Until all processes are here."""
+    """Until all processes are here, however long that takes."""
     if processes > 1:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
-        torch.distributed.barrier()
+        torch.distributed.barrier(_waiting_group())
+
+
+@functools.cache
+def _waiting_group() -> torch.distributed.ProcessGroup:
+    """Apart from a training's group: that one's limit of minutes is for a step."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=_LONGEST_WAIT)
+    group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+    assert isinstance(group, torch.distributed.ProcessGroup)
+    return group
 
 
 def _identity(checkpoint: Path | str | None) -> Any:
-    """What tells one state of a checkpoint folder from another: its weight files."""
+    """What tells one state of a checkpoint folder from another: weight files, an adapter's base."""
     if checkpoint is None:
         return None
     folder = Path(checkpoint)
@@ -407,7 +455,14 @@ def _identity(checkpoint: Path | str | None) -> Any:
     return [
         str(folder.resolve()),
         *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files),
+        *([_identity(base_of(folder))] if is_adapter(folder) else []),
     ]
+
+
+def _tokenizer_identity(processor: CogVLMProcessor) -> str:
+    """Its pieces with their numbers; it may lie elsewhere than the checkpoint."""
+    pieces = sorted(processor.tokenizer.get_vocab().items())
+    return hashlib.sha256(repr(pieces).encode()).hexdigest()
 
 
 def _fingerprint(questions: Sequence[Question]) -> str:

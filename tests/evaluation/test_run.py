@@ -1,5 +1,6 @@
 """Runs: resumed after a kill, shared by processes, reported; the files come out the same."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def test_every_task_runs_to_a_report(name: str, tiny: Tiny, tmp_path: Path) -> N
     assert TASKS[name].title.replace("&", "&amp;") in page
     assert all(figure["interval"][0] <= figure["interval"][1] for figure in report["figures"])
     upload = TASKS[name].upload_name
-    assert (tmp_path / "out" / upload).is_file() == bool(upload) or not upload
+    if upload:
+        assert list((tmp_path / "out").glob(upload.replace("{group}", "*")))
     assert not list((tmp_path / "out").glob("*partial*"))
 
 
@@ -115,6 +117,63 @@ def test_another_run_in_the_same_folder_starts_anew(
     assert _rows(out) == rows
 
 
+def test_another_tokenizer_and_another_base_are_another_run(tiny: Tiny, tmp_path: Path) -> None:
+    processor = tiny[1]
+    seen = run._tokenizer_identity(processor)
+    other = copy.deepcopy(processor)
+    other.tokenizer.add_tokens(["another"])
+    assert run._tokenizer_identity(other) != seen == run._tokenizer_identity(processor)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    (base / "model.safetensors").write_bytes(b"1")
+    (adapter / "adapter_model.safetensors").write_bytes(b"1")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    before = run._identity(adapter)
+    (base / "model.safetensors").write_bytes(b"22")
+    assert run._identity(adapter) != before
+
+
+def test_two_questions_of_one_id_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    files, images = make("exact_match", tmp_path)
+    with pytest.raises(DataError, match="2 questions have the id 'c0#0', expected one"):
+        evaluate_model(*tiny, "exact_match", files * 2, images)
+
+
+def test_each_pope_file_has_its_own_upload(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, images = make("pope", tmp_path)
+    monkeypatch.setattr(run, "generate_answers", lambda *a, **k: ["yes"] * len(a[2]))
+    evaluate_model(*tiny, "pope", files, images, output=tmp_path / "out")
+    for kind in ("random", "adversarial"):  # the script joins answers and labels line by line
+        lines = (tmp_path / f"out/pope_{kind}_answers.jsonl").read_text().splitlines()
+        labels = (tmp_path / f"coco_pope_{kind}.json").read_text().splitlines()
+        assert [json.loads(one)["question"] for one in lines] == [
+            json.loads(one)["text"] for one in labels
+        ]
+
+
+def test_a_restart_deals_what_is_left_to_all_processes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, images = make("text_exact_match", tmp_path)
+    rows = [{"question": f"question {n}?", "answer": "x"} for n in range(64)]
+    files[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = find_task("text_exact_match")
+    questions = task.read(files, images)
+    # Eight chunks of eight; those of process 0 of two are there.
+    done = [index for chunk in run.chunks(questions, 1)[::2] for index in chunk]
+    known = {questions[index].id: "there" for index in done}
+    monkeypatch.setattr(run, "generate_answers", lambda *a, **k: ["new"] * len(a[2]))
+    shares = [
+        run._answers(*tiny, task, questions, 1, None, known, process, 2).count("new")
+        for process in range(2)
+    ]
+    assert shares == [16, 16]
+
+
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(checkpoint: Path, tmp_path: Path) -> None:
     files, _ = make("text_exact_match", tmp_path)
@@ -132,6 +191,13 @@ def test_two_processes_write_what_one_writes(checkpoint: Path, tmp_path: Path) -
     assert json.loads(two.stdout) == one
     name = "predictions.jsonl"
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    text = tmp_path / "plain.txt"
+    text.write_text("What digit is this? " * 40, encoding="utf-8")
+    command[command.index("text_exact_match")] = "text_perplexity"
+    command[command.index(str(files[0]))] = str(text)
+    alone = subprocess.run([sys.executable, *launcher, *command], capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    assert json.loads(alone.stdout)["count"] > 0
 
 
 def test_a_judge_gives_the_judged_tasks_their_score(

@@ -166,7 +166,7 @@ TASKS = (
         'the first sentence without commas; "No", "not" or "no" among its words is a no, '
         "everything else a yes", "F1, accuracy, precision, recall and yes ratio of each file; F1 "
         "and accuracy also as the mean over files", _pope_score, 16, published=published.POPE,
-        upload_name="pope_answers.jsonl", upload=rows_with("answer"),
+        upload_name="pope_{group}_answers.jsonl", upload=rows_with("answer"),
     ),
     Task(
         "mm_vet", "MM-Vet", "mm-vet.json", _mm_vet,

@@ -101,7 +101,8 @@ class Task:
         max_new_tokens: Room for an answer.
         num_beams: 1 is greedy.
         published: Figures of others.
-        upload_name: File name of the prediction file; empty where no official format exists.
+        upload_name: File name of the prediction file; empty where no official format exists. With
+            `{group}` in it, each group of questions gets a file of its own.
         upload: (questions, answers) -> what is written to it: a list of objects for JSON Lines
             where the name ends in .jsonl, else any JSON value.
     """
