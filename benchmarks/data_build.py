@@ -4,11 +4,12 @@ Writes 157,712 LLaVA, 342,799 LRV and 173,212 LLaVAR records (LLaVA's part insid
 builds them with picture checks off, and compares with one plain orjson read and write of the same
 files in the same process. Prints one JSON line; bounds are 6 times that and 1.5 GiB.
 
-    python benchmarks/data_build.py [--folder DIR] [--workers N]
+    python -m benchmarks.data_build [--folder DIR] [--workers N]
 """
 
 import argparse
 import json
+import multiprocessing
 import random
 import resource
 import tempfile
@@ -82,41 +83,47 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
+    spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
-        folder = Path(name)
-        import multiprocessing
+        # Each in a process of its own: the generator's memory is counted neither as the build's
+        # nor as that of one of its workers.
+        for work, arguments in ((generate, ()), (measure, (given.workers,))):
+            process = spawn.Process(target=work, args=(Path(name), *arguments))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise SystemExit(process.exitcode)
 
-        making = multiprocessing.get_context("spawn").Process(target=generate, args=(folder,))
-        making.start()  # in another process, so that its memory is not counted
-        making.join()
-        files = ("llava.json", "lrv.json", "llavar.json")
-        sources = [
-            {"source": source, "annotations": str(folder / file)}
-            for source, file in zip(("llava_instruct", "lrv_instruction", "llavar"), files,
-                                    strict=True)
-        ]  # fmt: skip
-        recipe = parse_recipe(
-            {"out": str(folder / "build"), "sources": sources, "images": False,
-             "deduplicate": False, "workers": given.workers},
-            "benchmark",
-        )  # fmt: skip
-        start = time.perf_counter()
-        result = build_recipe(recipe)
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-        start = time.perf_counter()
-        for file in files:
-            (folder / f"plain-{file}").write_bytes(
-                orjson.dumps(orjson.loads((folder / file).read_bytes()))
-            )
-        plain = time.perf_counter() - start
-        size = sum((folder / file).stat().st_size for file in files)
+
+def measure(folder: Path, workers: int) -> None:
+    """Builds, reads and writes the same files plainly, and prints the line."""
+    files = ("llava.json", "lrv.json", "llavar.json")
+    sources = [
+        {"source": source, "annotations": str(folder / file)}
+        for source, file in zip(("llava_instruct", "lrv_instruction", "llavar"), files, strict=True)
+    ]
+    recipe = parse_recipe(
+        {"out": str(folder / "build"), "sources": sources, "images": False,
+         "deduplicate": False, "workers": workers},
+        "benchmark",
+    )  # fmt: skip
+    start = time.perf_counter()
+    result = build_recipe(recipe)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    start = time.perf_counter()
+    for file in files:
+        (folder / f"plain-{file}").write_bytes(
+            orjson.dumps(orjson.loads((folder / file).read_bytes()))
+        )
+    plain = time.perf_counter() - start
+    size = sum((folder / file).stat().st_size for file in files)
     print(json.dumps({
         "conversations": result.conversations, "read": result.read, "megabytes": size // 10**6,
         "seconds": round(seconds, 2), "plain_seconds": round(plain, 2),
         "times_plain": round(seconds / plain, 2), "peak_gib": round(peak, 3),
-        "largest_child_gib": round(child, 3), "workers": given.workers,
+        "largest_child_gib": round(child, 3), "workers": workers,
     }))  # fmt: skip
 
 

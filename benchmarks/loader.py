@@ -100,7 +100,8 @@ def _measure(given: argparse.Namespace, model: Any, side: int, folder: Path) -> 
     waited = worked = 0.0
     batches = iter(loader)
     next(batches)  # workers start here
-    for _ in range(min(6, len(loader) - 2)):
+    steps = min(6, len(loader) - 2)
+    for _ in range(steps):
         started = time.perf_counter()
         batch = next(batches)
         arrived = time.perf_counter()
@@ -115,7 +116,7 @@ def _measure(given: argparse.Namespace, model: Any, side: int, folder: Path) -> 
         "ours / pillow cpu": 1 / times.ratio("pillow", "ours")["cpu"],
         "reduced x": times.ratio("ours", "reduced")["wall"],
         "reduced grey levels": float(np.mean(grey)),
-        "step s": worked / 6,
+        "step s": worked / steps,
         "waits": waited / (waited + worked),
     }
 

@@ -1,6 +1,6 @@
 """Shared pictures against separate rows: k conversations a picture, 258 and 1,227 image tokens.
 
-python -m benchmarks.packing [--rounds N] [--threads N] [--baseline]
+python -m benchmarks.packing [--rounds N] [--threads N] [--only 258|1227]
 """
 
 from __future__ import annotations

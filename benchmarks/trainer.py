@@ -19,26 +19,26 @@ from cogvlm_sft.training.trainer import CogVLMTrainer
 def trainer_for(model: CogVLMForCausalLM) -> CogVLMTrainer:
     """Set up as `cogvlm_sft.training.run` does, with the tower frozen; its data are never read."""
     processor = processor_for(model.config)
-    folder = tempfile.mkdtemp()
-    recipe = recipe_from_dict(
-        {
-            "model": {"config": {}, "tokenizer": folder, "dtype": "float32"},
-            "data": {"train": [{"path": folder}], "image_root": folder},
-            "tune": {"vision_tower": {"mode": "frozen"}},
-            "train": {"output": folder, "iterations": 1000, "global_batch_size": 1,
-                      "learning_rate": 1e-5},
-        },
-        "benchmark",
-    )  # fmt: skip
-    trainer = CogVLMTrainer(
-        model,
-        processor,
-        training_arguments(recipe, 1),
-        train_dataset=[None],  # type: ignore[arg-type]
-        collator=SharedImageCollator(processor),
-        batches=GlobalBatchSampler([1], [-1], steps=1, global_batch=1, micro_batches=1),
-        rates=recipe.tune.trainable(),
-    )
+    with tempfile.TemporaryDirectory() as folder:  # nothing is saved
+        recipe = recipe_from_dict(
+            {
+                "model": {"config": {}, "tokenizer": folder, "dtype": "float32"},
+                "data": {"train": [{"path": folder}], "image_root": folder},
+                "tune": {"vision_tower": {"mode": "frozen"}},
+                "train": {"output": folder, "iterations": 1000, "global_batch_size": 1,
+                          "learning_rate": 1e-5},
+            },
+            "benchmark",
+        )  # fmt: skip
+        trainer = CogVLMTrainer(
+            model,
+            processor,
+            training_arguments(recipe, 1),
+            train_dataset=[None],  # type: ignore[arg-type]
+            collator=SharedImageCollator(processor),
+            batches=GlobalBatchSampler([1], [-1], steps=1, global_batch=1, micro_batches=1),
+            rates=recipe.tune.trainable(),
+        )
     trainer.create_optimizer()
     return trainer
 
