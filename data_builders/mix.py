@@ -135,6 +135,17 @@ class Ledger:
         first = int(self.columns["picture"][record])
         return () if first < 0 else (first, *self._more_pictures.get(record, ()))
 
+    def shown_by(self, records: Any) -> set[int]:
+        """Numbers of the pictures that the records show."""
+        first = np.unique(self.columns["picture"][records])
+        shown = set(first[first >= 0].tolist())
+        chosen = np.zeros(len(self.alive), bool)
+        chosen[records] = True
+        for record, more in self._more_pictures.items():
+            if chosen[record]:
+                shown.update(more)
+        return shown
+
     def with_pictures(self, numbers: set[int]) -> Any:
         """Mask of the records that show one of the pictures."""
         wanted = np.fromiter(numbers, np.int64, len(numbers))

@@ -186,8 +186,7 @@ def _look_at_pictures(
         path.is_dir() for path in recipe.decontaminate.against
     )
     needed = sorted(
-        {n for record in np.flatnonzero(ledger.alive) for n in ledger.pictures_of(int(record))},
-        key=lambda number: ledger.pictures[number],
+        ledger.shown_by(np.flatnonzero(ledger.alive)), key=lambda number: ledger.pictures[number]
     )
     rules = recipe.images
     limits = ImageLimits(rules.min_side, rules.max_aspect, rules.max_pixels)
@@ -244,7 +243,7 @@ def _picture_counts(ledger: Ledger, records: Any, facts: dict[int, ImageFacts]) 
     """Pictures of the build, those named by any record of the files, and what was found in them."""
     usable = [fact for fact in facts.values() if fact.reason is None]
     return {
-        "distinct": len({n for record in records for n in ledger.pictures_of(int(record))}),
+        "distinct": len(ledger.shown_by(records)),
         "seen": len(ledger.pictures),
         "checked": len(facts),
         "kinds": dict(sorted(Counter(fact.kind for fact in usable).items())),
