@@ -7,11 +7,11 @@ that column is there, else of the file. In JSON, `turns` may hold a list of turn
 `answer` a list of several people's answers (the most frequent one is taken). Without annotations,
 every picture below the image folders is a record whose answer is the file's name without its
 extension, as in CogVLM's own captcha example, or with `label_from: folder` the name of its folder;
-`label_pattern` picks a part of either. Rows whose `split` column, or where it is empty whose file's
-name, says val or test stay out, unless `splits` names them; a split of another name is a reason to
-drop. Cells of a CSV or TSV that a spreadsheet would run as a
-formula (`=1+1`, `=cmd|' /C calc'!A0`) are dropped, since what was meant is the formula's value;
-`clean: false` keeps them as text. Drops name the line of the table as `_line`.
+`label_pattern` picks a part of either. Rows whose `split` column says val or test stay out, unless
+`splits` names them; a split of another name is a reason to drop. Cells of a CSV or TSV that a
+spreadsheet would run as a formula (`=1+1`, `=cmd|' /C calc'!A0`) are dropped, since what was meant
+is the formula's value; `clean: false` keeps them as text. Drops name the line of the table as
+`_line`.
 
 Usage:
     python -m data_builders.sources.custom_vqa --annotations questions.csv --images photos \\
@@ -34,7 +34,7 @@ from data_builders.clean import dialogue, human_answers, majority, rounds, text_
 from data_builders.images import ImageFinder
 from data_builders.published import File, Folder
 from data_builders.source import Draft, Source
-from data_builders.splits import SplitOptions, split_named, split_of_file
+from data_builders.splits import SplitOptions, split_named
 from data_builders.tables import csv_rows, parquet_rows
 
 # What a spreadsheet runs: a call, a DDE link, a cell, arithmetic behind an equals sign.
@@ -159,15 +159,17 @@ class CustomVQA(Source):
         return self._finish(turns, record)
 
     def _held_out(self, row: dict[str, Any]) -> str | None:
-        """The reason why a row's split, or its file's, stays out; None where it enters."""
+        """The reason why a row's split stays out; None where it enters.
+
+        A file's name tells nothing here: whoever names a `test.csv` of their own means it.
+        """
         word = text_of(row.get(self._column("split")))
         if word is None or not word.strip():
-            split = split_of_file(self.file)
-        else:
-            split = split_named(word)
-            if split is None:
-                return "unknown_split"
-        return None if split is None or split in self.options.splits else "held_out_split"
+            return None
+        split = split_named(word)
+        if split is None:
+            return "unknown_split"
+        return None if split in self.options.splits else "held_out_split"
 
     def _formula(self, row: dict[str, Any]) -> bool:
         """Whether a cell of a table would be run by a spreadsheet."""

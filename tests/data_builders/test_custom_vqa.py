@@ -156,22 +156,13 @@ def test_words_for_held_out_splits(word, photos, run, write_json):
     assert report["dropped"] == {"held_out_split": 1, "unknown_split": 1}
 
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_a_file_says_its_split_where_no_column_does(joined, photos, run, write_json):
+def test_a_file_of_one_s_own_is_meant_whatever_its_name(photos, run, write_json):
     rows = [{"image": "a.jpg", "question": f"q{n}", "answer": "a"} for n in range(2)]
-    if joined:
-        rows = [row | {"conversation": 1} for row in rows]
-    train, test = write_json("train.json", rows[:1]), write_json("my_test.json", rows)
-    report, built, _ = run("custom_vqa", [train, test])
-    assert [r["meta"]["orig_file"] for r in built] == ["train.json"]
-    assert report["dropped"] == {"held_out_split": 2}
+    assert run("custom_vqa", [write_json("my_test.json", rows)])[0]["kept"] == 2
+    held = write_json("train.json", [row | {"split": "test"} for row in rows])
     with pytest.raises(DataError, match=r"2 held_out_split; .*name the split .* `splits`"):
-        run("custom_vqa", [test])
-    report, _, _ = run("custom_vqa", [test], splits=["test"])
-    assert report["kept"] == 2
-    # a column of its own is believed before the name
-    own = write_json("test.json", [row | {"split": "train"} for row in rows])
-    assert run("custom_vqa", [own])[0]["kept"] == 2
+        run("custom_vqa", [held])
+    assert run("custom_vqa", [held], splits=["test"])[0]["kept"] == 2
 
 
 def test_a_conversation_loses_bad_rows_alone(photos, run, tmp_path):
