@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground up; on one floor a room may import from rooms that stand before it.
 FLOORS = [
-    ["cogvlm_sft.model", "cogvlm_sft.errors", "cogvlm_sft.allocator"],
+    ["cogvlm_sft.model", "cogvlm_sft.errors", "cogvlm_sft.allocator", "cogvlm_sft.launch"],
     [
         "cogvlm_sft.conversation",
         "cogvlm_sft.recipe",

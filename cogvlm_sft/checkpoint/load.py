@@ -8,7 +8,6 @@ checkpoint. Only safetensors is read: the older `.bin` files are pickles, which 
 
 import contextlib
 import json
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from cogvlm_sft import launch
 from cogvlm_sft.checkpoint.adapter import (
     base_of,
     is_adapter,
@@ -333,7 +333,7 @@ def own_device() -> str:
     """Where this process computes."""
     if not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return f"cuda:{launch.local_rank()}"
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

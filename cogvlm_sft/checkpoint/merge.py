@@ -10,7 +10,6 @@ logit is an error, and no checkpoint is left.
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -40,6 +39,7 @@ from cogvlm_sft.checkpoint.positions import (
     with_image_size,
 )
 from cogvlm_sft.checkpoint.probe import Weights, probe_batch, streamed_logits
+from cogvlm_sft.checkpoint.staging import staged
 from cogvlm_sft.checkpoint.weights import (
     INDEX,
     Planned,
@@ -126,10 +126,7 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | Path | None = Non
     if target.exists():
         raise CheckpointError(f"{target} exists; choose another folder")
     work = _Merge(folder, root)
-    staging = target.parent / f".{target.name}.writing"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+    with staged(target) as staging:
         work.write(staging)
         difference, rounded, four_bit = work.check(staging)
         if not difference <= LIMIT:
@@ -138,11 +135,6 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | Path | None = Non
                 f"logit, expected at most {LIMIT:g}; nothing was written"
             )
         _copy_files(folder, root, staging, work.image_size)
-        os.replace(staging, target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: the checkpoint cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return MergeReport(
         target, root, len(work.linears), len(work.replaced), difference, rounded, four_bit
     )

@@ -1,4 +1,4 @@
-"""A checkpoint folder appears whole or not at all.
+"""A checkpoint folder, or a file of text, appears whole or not at all.
 
 Everything is written into a hidden folder first. Where the target is new it appears by one rename;
 where it exists (and holds a run's logs) the files are moved in one by one, the configuration last:
@@ -46,3 +46,12 @@ def staged(out: str | Path, last: str = "config.json") -> Iterator[Path]:
         raise CheckpointError(f"{target}: the checkpoint cannot be written: {error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a file beside its name and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".writing")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path

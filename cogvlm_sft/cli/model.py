@@ -147,7 +147,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print:
         print(recipe.to_yaml(), end="")
         return 0
-    from cogvlm_sft.training.launch import rank
+    from cogvlm_sft.launch import rank
     from cogvlm_sft.training.run import train
 
     result = train(recipe)

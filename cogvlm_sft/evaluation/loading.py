@@ -5,14 +5,11 @@ asked beside the same ones when 4 bits are wanted: what fitted the card while it
 afterwards, and the answers are those of the model that was trained.
 """
 
-import os
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from cogvlm_sft.checkpoint.adapter import is_adapter, quantized_groups
-from cogvlm_sft.checkpoint.load import load_model
+from cogvlm_sft.checkpoint.load import load_model, own_device
 from cogvlm_sft.model import CogVLMForCausalLM
 from cogvlm_sft.recipe import QuantizeSection
 
@@ -34,7 +31,7 @@ def open_model(
     Raises:
         CheckpointError: The folder is missing or is not a whole checkpoint.
     """
-    device = pick_device()
+    device = own_device()
     folder = Path(checkpoint)
     groups: list[str] = []
     if quantize is not None:
@@ -54,13 +51,6 @@ def describe_weights(model: CogVLMForCausalLM) -> str:
     return f"{held} linears in 4 bits (NF4), the rest in {dtype}"
 
 
-def pick_device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def default_dtype(device: torch.device) -> str:
+def default_dtype(device: str) -> str:
     """bfloat16 on a GPU; float32 on a CPU, where bfloat16 can be forty times slower."""
-    return "bfloat16" if device.type == "cuda" else "float32"
+    return "float32" if device == "cpu" else "bfloat16"

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cogvlm_sft.checkpoint.staging import write_text
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.tasks.task import Question
 
@@ -130,15 +131,6 @@ def chunks(questions: Sequence[Question], batch_size: int) -> list[list[int]]:
     )
     size = batch_size * _CHUNK_BATCHES
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes a file beside its name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".writing")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -15,11 +15,11 @@ from typing import Any
 
 from PIL import Image
 
+from cogvlm_sft.checkpoint.staging import write_text
 from cogvlm_sft.data.pictures import read_picture
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.drawing import PREDICTED, TRUE, draw_boxes, for_screen
 from cogvlm_sft.evaluation.metrics.boxes import parse_boxes
-from cogvlm_sft.evaluation.predictions import write_text
 
 _SIDE = 320
 

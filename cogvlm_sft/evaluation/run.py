@@ -7,39 +7,38 @@ decoding is used and printed, there is no option to change it, since a score und
 is another benchmark.
 """
 
-import functools
 import gc
-import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from tqdm import tqdm
 
-from cogvlm_sft.checkpoint.adapter import base_of, is_adapter
+from cogvlm_sft import launch
 from cogvlm_sft.checkpoint.load import load_processor
-from cogvlm_sft.conversation import strip_marker
+from cogvlm_sft.checkpoint.staging import write_text
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.generate import Request, generate_answers
+from cogvlm_sft.evaluation.identity import (
+    checkpoint_identity,
+    questions_identity,
+    tokenizer_identity,
+)
 from cogvlm_sft.evaluation.loading import describe_weights, open_model
-from cogvlm_sft.evaluation.metrics.intervals import Figure, value_and_interval
 from cogvlm_sft.evaluation.perplexity import PROTOCOL, read_texts, score_texts
-from cogvlm_sft.evaluation.predictions import Predictions, chunks, write_text
+from cogvlm_sft.evaluation.predictions import Predictions, chunks
+from cogvlm_sft.evaluation.processes import wait_for_all
 from cogvlm_sft.evaluation.report import write_report
+from cogvlm_sft.evaluation.results import figures_of, report_of, write_upload
 from cogvlm_sft.evaluation.tasks import PERPLEXITY, Task, find_task
-from cogvlm_sft.evaluation.tasks.task import Judge, Question, judged_scores
+from cogvlm_sft.evaluation.tasks.task import Judge, Question
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.recipe import EvaluateTask
 
 _WINDOW = 1024
-_LONGEST_WAIT = timedelta(days=7)
 
 
 def evaluate_checkpoint(
@@ -187,17 +186,17 @@ def evaluate_model(
     if not questions:
         raise DataError(f"{', '.join(map(str, paths))}: holds no question; nothing to evaluate")
     _check_unique(questions, paths)
-    process, processes = _process()
+    process, processes = launch.rank(), launch.world_size()
     log = None
     if output is not None:
         run = {
             "task": task,
-            "checkpoint": _identity(checkpoint),
-            "tokenizer": _tokenizer_identity(processor),
+            "checkpoint": checkpoint_identity(checkpoint),
+            "tokenizer": tokenizer_identity(processor),
             "decoding": found.decoding,
             "weights": describe_weights(model),
             "batch_size": batch_size,
-            "questions": _fingerprint(questions),
+            "questions": questions_identity(questions),
         }
         log = Predictions(Path(output), run, process=process)
         if process == 0 and log.prepare() and (there := len(log.known())):
@@ -205,29 +204,29 @@ def evaluate_model(
             print(f"{task}: going on, {there} of {len(questions)} are there", file=sys.stderr)
     elif processes > 1:
         raise DataError("several processes share their answers through files; give an output")
-    _wait(processes)
+    wait_for_all()
     known = log.known() if log is not None else {}
-    _wait(processes)  # until all have read what is there; then they add to it
+    wait_for_all()  # until all have read what is there; then they add to it
     answers = _answers(
         model, processor, found, questions, batch_size, log, known, process, processes
     )
-    _wait(processes)
+    wait_for_all()
     if process:
-        _wait(processes)  # until the first has written the results
+        wait_for_all()  # until the first has written the results
         return {}
     if log is not None:
         known = log.known()
         answers = [known[question.id] for question in questions]
     weights = describe_weights(model)
-    report = _report(found, questions, answers, paths, judge, checkpoint, limit, weights)
+    report = report_of(found, questions, answers, paths, judge, checkpoint, limit, weights)
     if log is not None:
         log.finish(report.pop("rows"))
         if limit is None and found.upload is not None:
-            _write_upload(found, questions, answers, log.folder)
+            write_upload(found, questions, answers, log.folder)
         write_report(log.folder, [report])
     else:
         del report["rows"]
-    _wait(processes)
+    wait_for_all()
     return report
 
 
@@ -298,76 +297,6 @@ def _request(question: Question) -> Request:
     return Request(question.images, question.text, question.style, question.history)
 
 
-def _report(
-    task: Task,
-    questions: Sequence[Question],
-    answers: Sequence[str],
-    annotations: Sequence[Path],
-    judge: Judge | None,
-    checkpoint: Path | str | None,
-    limit: int | None,
-    weights: str,
-) -> dict[str, Any]:
-    scores = None
-    if all(question.truth is not None for question in questions):
-        if task.score is not None:
-            scores = task.score(questions, answers)
-        elif judge is not None:
-            scores = judged_scores(questions, answers, judge, "score")
-    rows = []
-    for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        rows.append(
-            {
-                "id": question.id,
-                "images": [str(path) for path in question.images],
-                "question": strip_marker(question.text),
-                "answer": question.shown,
-                "prediction": answer,
-                "group": question.group,
-                "score": float(scores.each[index]) if scores is not None else None,
-            }
-        )
-    return {
-        "task": task.name,
-        "title": task.title,
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-        "annotations": [str(path) for path in annotations],
-        "limit": limit,
-        "prompt": task.prompt,
-        "decoding": task.decoding,
-        "weights": weights,
-        "post_processing": task.post_processing,
-        "metric": task.metric,
-        "count": len(questions),
-        "figures": _figures(scores.figures, len(questions)) if scores is not None else [],
-        "notes": list(scores.notes) if scores is not None else [],
-        "published": [asdict(one) for one in task.published],
-        "samples": rows[:3],
-        "worst": _worst(rows) if scores is not None else [],
-        "rows": rows,
-    }
-
-
-def _figures(figures: Sequence[Figure], count: int) -> list[dict[str, Any]]:
-    rows = []
-    for figure in figures:
-        value, (low, high) = value_and_interval(figure.statistic, count)
-        scale = figure.scale
-        rows.append(
-            {"name": figure.name, "value": value * scale, "interval": [low * scale, high * scale]}
-        )
-    return rows
-
-
-def _worst(rows: Sequence[dict[str, Any]], count: int = 24) -> list[dict[str, Any]]:
-    """The lowest scores; among equals, spread over the whole set by a hash of the id."""
-
-    def rank(row: dict[str, Any]) -> tuple[float, str]:
-        return row["score"], hashlib.sha256(row["id"].encode()).hexdigest()
-
-    return sorted((row for row in rows if row["score"] < 1), key=rank)[:count]
-
-
 def _evaluate_text(
     model: CogVLMForCausalLM,
     processor: CogVLMProcessor,
@@ -377,9 +306,8 @@ def _evaluate_text(
     output: Path | str | None,
     checkpoint: Path | str | None,
 ) -> dict[str, Any]:
-    process, processes = _process()
-    if process:  # the text is short beside the benchmarks: the first process reads it alone
-        _wait(processes)
+    if launch.rank():  # the text is short beside the benchmarks: the first process reads it alone
+        wait_for_all()
         return {}
     texts = read_texts(paths)[:limit]
     length = min(_WINDOW, model.config.max_position_embeddings)
@@ -395,7 +323,7 @@ def _evaluate_text(
         "decoding": f"{PROTOCOL['decoding']}, in windows of {length} tokens",
         "weights": describe_weights(model),
         "count": len(windows),
-        "figures": _figures(figures, len(windows)),
+        "figures": figures_of(figures, len(windows)),
         "notes": [],
         "published": [],
         "samples": [],
@@ -405,69 +333,5 @@ def _evaluate_text(
         lines = "".join(json.dumps(window) + "\n" for window in windows)
         write_text(Path(output) / "windows.jsonl", lines)
         write_report(Path(output), [report])
-    _wait(processes)
+    wait_for_all()
     return report
-
-
-def _write_upload(
-    task: Task, questions: Sequence[Question], answers: Sequence[str], folder: Path
-) -> None:
-    assert task.upload is not None
-    parts: dict[str, list[int]] = {}
-    for index, question in enumerate(questions):
-        parts.setdefault(task.upload_name.format(group=question.group), []).append(index)
-    for name, chosen in parts.items():
-        content = task.upload([questions[i] for i in chosen], [answers[i] for i in chosen])
-        if name.endswith(".jsonl"):
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-        else:
-            text = json.dumps(content, ensure_ascii=False) + "\n"
-        write_text(folder / name, text)
-
-
-def _process() -> tuple[int, int]:
-    """Number of this process and how many there are, as torchrun and accelerate tell."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _wait(processes: int) -> None:
-    """Until all processes are here, however long that takes."""
-    if processes > 1:
-        torch.distributed.barrier(_waiting_group())
-
-
-@functools.cache
-def _waiting_group() -> torch.distributed.ProcessGroup:
-    """Apart from a training's group: that one's limit of minutes is for a step."""
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=_LONGEST_WAIT)
-    group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
-    assert isinstance(group, torch.distributed.ProcessGroup)
-    return group
-
-
-def _identity(checkpoint: Path | str | None) -> Any:
-    """What tells one state of a checkpoint folder from another: weight files, an adapter's base."""
-    if checkpoint is None:
-        return None
-    folder = Path(checkpoint)
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
-    return [
-        str(folder.resolve()),
-        *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files),
-        *([_identity(base_of(folder))] if is_adapter(folder) else []),
-    ]
-
-
-def _tokenizer_identity(processor: CogVLMProcessor) -> str:
-    """Its pieces with their numbers; it may lie elsewhere than the checkpoint."""
-    pieces = sorted(processor.tokenizer.get_vocab().items())
-    return hashlib.sha256(repr(pieces).encode()).hexdigest()
-
-
-def _fingerprint(questions: Sequence[Question]) -> str:
-    digest = hashlib.sha256()
-    for question in questions:
-        parts = (question.id, question.text, question.style, question.images, question.history)
-        digest.update(repr(parts).encode())
-    return digest.hexdigest()

@@ -1,7 +1,6 @@
 """Rules that more than one key of a recipe takes part in: what cannot train, and how to mend it."""
 
-import os
-
+from cogvlm_sft import launch
 from cogvlm_sft.errors import RecipeError
 from cogvlm_sft.recipe.sections import Recipe
 
@@ -57,7 +56,7 @@ def check_together(recipe: Recipe) -> None:
             "name a validation file or build, give evaluate.prompts, or leave evaluate out"
         )
     _check_batches(recipe)
-    recipe.accumulation_steps(int(os.environ.get("WORLD_SIZE", "1")))
+    recipe.accumulation_steps(launch.world_size())
 
 
 def _check_batches(recipe: Recipe) -> None:

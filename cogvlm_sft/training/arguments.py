@@ -6,8 +6,8 @@ from dataclasses import fields
 import torch
 from trl import SFTConfig
 
+from cogvlm_sft.launch import under_fsdp
 from cogvlm_sft.recipe import Recipe
-from cogvlm_sft.training.launch import under_fsdp
 
 
 def training_arguments(recipe: Recipe, world_size: int) -> SFTConfig:

@@ -18,6 +18,7 @@ import psutil
 import torch
 import yaml
 
+from cogvlm_sft import launch
 from cogvlm_sft.checkpoint.load import build_processor, load_config, load_processor, weight_files
 from cogvlm_sft.checkpoint.sharded import is_sharded
 from cogvlm_sft.conversation import conversation_files
@@ -25,7 +26,7 @@ from cogvlm_sft.errors import CheckpointError, CogVLMSFTError, RecipeError
 from cogvlm_sft.evaluation.run import check_task
 from cogvlm_sft.model import CogVLMConfig, CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
-from cogvlm_sft.training import launch, snapshots
+from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.estimate import GIB, estimate, model_config
 from cogvlm_sft.training.row_index import is_index
 from cogvlm_sft.training.samples import prompt_requests

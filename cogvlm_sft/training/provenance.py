@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cogvlm_sft.checkpoint.staging import write_text
 from cogvlm_sft.conversation import conversation_files
 from cogvlm_sft.errors import CheckpointError, RecipeError
 from cogvlm_sft.recipe import Recipe
@@ -59,10 +60,7 @@ def write_run_file(recipe: Recipe, groups: Sequence[GroupSummary]) -> None:
             for group in groups
         ],
     }
-    file = recipe.train.output / RUN_FILE
-    beside = file.with_suffix(".writing")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(file)
+    write_text(recipe.train.output / RUN_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def read_run_file(output: Path) -> dict[str, Any]:

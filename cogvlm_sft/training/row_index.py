@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from cogvlm_sft import launch
 from cogvlm_sft.conversation import conversation_files
 from cogvlm_sft.data.mixture import ConversationDataset
 from cogvlm_sft.errors import CheckpointError, DataError
 from cogvlm_sft.model import CogVLMProcessor
 from cogvlm_sft.recipe import Recipe
-from cogvlm_sft.training import launch
 from cogvlm_sft.training.provenance import data_digests
 
 _PREFIX = "rows-"

@@ -19,19 +19,21 @@ import torch
 from accelerate.utils import gather_object
 from transformers import set_seed
 
+from cogvlm_sft import launch
 from cogvlm_sft.checkpoint.load import (
     build_model,
     load_model,
     own_device,
     stored_weights,
 )
+from cogvlm_sft.checkpoint.staging import write_text
 from cogvlm_sft.data.collator import CogVLMCollator
 from cogvlm_sft.data.mixture import ConversationDataset
 from cogvlm_sft.data.packing import SharedImageCollator
 from cogvlm_sft.errors import CheckpointError, TrainingError
 from cogvlm_sft.model import CogVLMForCausalLM
 from cogvlm_sft.recipe import Recipe
-from cogvlm_sft.training import launch, snapshots
+from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.arguments import training_arguments
 from cogvlm_sft.training.finish import adapter_files, finish
 from cogvlm_sft.training.preflight import (
@@ -288,7 +290,4 @@ def _announce(
 def _write_recipe(recipe: Recipe) -> None:
     """The resolved recipe, written beside and renamed; a resumed run has it already."""
     file = recipe.train.output / RECIPE_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".writing")
-    beside.write_text(f"# resolved from {recipe.source}\n{recipe.to_yaml()}", encoding="utf-8")
-    beside.replace(file)
+    write_text(file, f"# resolved from {recipe.source}\n{recipe.to_yaml()}")

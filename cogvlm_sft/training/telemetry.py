@@ -12,6 +12,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from cogvlm_sft.checkpoint.staging import write_text
+
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 
@@ -148,10 +150,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [row for row in read_metrics(path) if row["step"] <= step]
-    beside = path.with_suffix(".writing")
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-    beside.write_text("".join(lines), encoding="utf-8")
-    beside.replace(path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def plot_loss(metrics: Path, picture: Path, title: str) -> Path:

@@ -12,6 +12,7 @@ import pytest
 from cogvlm_sft.errors import CheckpointError, DataError
 from cogvlm_sft.evaluation import run
 from cogvlm_sft.evaluation.generate import Request, generate_answers
+from cogvlm_sft.evaluation.identity import checkpoint_identity, tokenizer_identity
 from cogvlm_sft.evaluation.run import evaluate_checkpoint, evaluate_model
 from cogvlm_sft.evaluation.tasks import TASKS, find_task
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
@@ -119,10 +120,10 @@ def test_another_run_in_the_same_folder_starts_anew(
 
 def test_another_tokenizer_and_another_base_are_another_run(tiny: Tiny, tmp_path: Path) -> None:
     processor = tiny[1]
-    seen = run._tokenizer_identity(processor)
+    seen = tokenizer_identity(processor)
     other = copy.deepcopy(processor)
     other.tokenizer.add_tokens(["another"])
-    assert run._tokenizer_identity(other) != seen == run._tokenizer_identity(processor)
+    assert tokenizer_identity(other) != seen == tokenizer_identity(processor)
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
     adapter.mkdir()
@@ -130,9 +131,9 @@ def test_another_tokenizer_and_another_base_are_another_run(tiny: Tiny, tmp_path
     (adapter / "adapter_model.safetensors").write_bytes(b"1")
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    before = run._identity(adapter)
+    before = checkpoint_identity(adapter)
     (base / "model.safetensors").write_bytes(b"22")
-    assert run._identity(adapter) != before
+    assert checkpoint_identity(adapter) != before
 
 
 def test_two_questions_of_one_id_are_refused(tiny: Tiny, tmp_path: Path) -> None:
