@@ -1,15 +1,11 @@
 """Text and pictures to the model's inputs: one code path for training, inference and stock TRL.
 
-The layout is the released model's: BOS, then boi + patches + eoi as placeholders that hold the pad
-id, then the text. Notable choices: text is encoded apart from the pictures and the ids are joined,
-because expanding a picture inside the string changes the tokens behind it (sentencepiece drops its
-leading space); `token_type_ids` come from where pictures were put, never from `ids == pad`, because
-pad is EOS in some tokenizers; offsets refer to the text as it was given, so transformers' assistant
-masks are right without knowing about pictures. In `encode_prompt` the words of user and assistant
-are always plain text: "</s>" typed by a user does not end the sequence.
+Rows are encoded by `encoding_cogvlm.py`; here they become batches, by transformers' processor
+interface. Notable choices: `token_type_ids` come from where pictures were put, never from
+`ids == pad`, because pad is EOS in some tokenizers; offsets refer to the text as it was given, so
+transformers' assistant masks are right without knowing about pictures.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -21,20 +17,17 @@ from transformers.processing_utils import ProcessorMixin
 from cogvlm_sft.errors import ModelInputError
 
 from .encoded_text import EncodedText
+from .encoding_cogvlm import CogVLMEncodingMixin, count_message
 from .image_processing_cogvlm import CogVLMImageProcessor
 from .prompts import (
     CHAT_TEMPLATE,
     IMAGE_MARKER,
-    PROMPTS,
     check_style,
-    place_pictures,
 )
 from .token_layout import IGNORE_INDEX
 
-_MARKER_WITH_SPACE = re.compile(rf"\s*{IMAGE_MARKER}\s*")
 
-
-class CogVLMProcessor(ProcessorMixin):
+class CogVLMProcessor(CogVLMEncodingMixin, ProcessorMixin):
     """Joins CogVLM's image transform and a tokenizer.
 
     Args:
@@ -80,99 +73,9 @@ class CogVLMProcessor(ProcessorMixin):
         self._answer_prefix = "" if first.startswith(("\u2581", "\u0120")) else " "
 
     @property
-    def num_image_tokens(self) -> int:
-        """Tokens that one picture takes (1227 at 490 px)."""
-        return self.image_processor.num_image_tokens
-
-    @property
     def model_input_names(self) -> list[str]:
         """The keys that `__call__` returns."""
         return ["input_ids", "attention_mask", "token_type_ids", "pixel_values"]
-
-    def encode_prompt(
-        self,
-        question: str,
-        *,
-        history: Sequence[tuple[str, str]] = (),
-        num_images: int = 1,
-        style: str | None = None,
-    ) -> dict[str, list[int]]:
-        """The ids that the model answers to; what training puts before an answer, too.
-
-        Args:
-            question: May hold `<image>` markers.
-            history: Earlier (question, answer) pairs.
-            num_images: Pictures of the row. Without any marker, the one picture stands before the
-                first round.
-            style: Prompt; None takes the processor's, or `text` without pictures.
-
-        Returns:
-            `input_ids` and `token_type_ids`.
-
-        Raises:
-            ModelInputError: See `encode_rounds`.
-        """
-        row = self.encode_rounds(question, history=history, num_images=num_images, style=style)
-        return {"input_ids": row.input_ids, "token_type_ids": row.token_type_ids}
-
-    def encode_rounds(
-        self,
-        question: str,
-        *,
-        history: Sequence[tuple[str, str]] = (),
-        num_images: int = 1,
-        style: str | None = None,
-    ) -> EncodedText:
-        """`encode_prompt` with the token ranges of the earlier answers.
-
-        History and question are one string, as in the released code, cut only at pictures.
-
-        Raises:
-            ModelInputError: Markers and `num_images` differ, two pictures with nothing between, a
-                marker in an answer, or a picture in the prompt of style `text`.
-        """
-        style = style or (self.style if num_images else "text")
-        check_style(style)
-        system, before, after = PROMPTS[style]
-        asked = [*(earlier for earlier, _ in history), question]
-        answers = [answer.strip() for _, answer in history]
-        markers = sum(text.count(IMAGE_MARKER) for text in asked)
-        if not markers and num_images:
-            asked[0] = IMAGE_MARKER * num_images + asked[0]
-        elif markers != num_images:
-            raise ModelInputError(_count_message(markers, num_images))
-        if any(IMAGE_MARKER in answer for answer in answers):
-            raise ModelInputError(f"an answer of the history holds {IMAGE_MARKER}; remove it")
-        if style == "text" and num_images:
-            raise ModelInputError(
-                f"style 'text' takes no image, found {num_images}; use chat, vqa or base, "
-                "or num_images=0"
-            )
-        text = system
-        spans: list[tuple[int, int]] = []
-        for index, words in enumerate(asked):
-            if index:
-                start = len(text)
-                text += f" {answers[index - 1]}"
-                spans.append((start, len(text)))
-                text += "\n"
-            front, words = place_pictures(words)
-            text += f"{front}{before}{words}{after}"
-        row = EncodedText()
-        row.add([self.tokenizer.bos_token_id], 0, [(0, 0)])
-        self._add_text(row, text, 0)
-        row.find_answers(spans)
-        return row
-
-    def encode_answer(self, answer: str) -> list[int]:
-        """The ids of a row's last answer, EOS included.
-
-        Encoded on its own, as the released training code does: LLaMA's tokenizer then writes the
-        leading space itself; a byte-level one is given it.
-        """
-        row = EncodedText()
-        self._add_words(row, self._answer_prefix + answer.strip(), 0)
-        return [*row.input_ids, self.tokenizer.eos_token_id]
 
     def __call__(
         self,
@@ -228,10 +131,10 @@ class CogVLMProcessor(ProcessorMixin):
             else:
                 if words.count(IMAGE_MARKER) != len(mine):
                     raise ModelInputError(
-                        where + _count_message(words.count(IMAGE_MARKER), len(mine))
+                        where + count_message(words.count(IMAGE_MARKER), len(mine))
                     )
                 start = answer_starts[index] if answer_starts is not None else None
-                row = self._encode_rendered(words, start, add_special_tokens)
+                row = self.encode_rendered(words, start, add_special_tokens)
             if truncation and max_length is not None:
                 row.truncate(max_length, where)
             rows.append(row)
@@ -323,64 +226,6 @@ class CogVLMProcessor(ProcessorMixin):
             starts.append(start)
         return starts
 
-    def _encode_rendered(
-        self, text: str, answer_start: int | None, add_special_tokens: bool
-    ) -> EncodedText:
-        """A text as it is, with BOS and EOS in it read as tokens."""
-        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
-        row, at = EncodedText(), 0
-        if text.startswith(bos):
-            at = len(bos)
-            row.add([self.tokenizer.bos_token_id], 0, [(0, at)])
-        elif add_special_tokens or IMAGE_MARKER in text:
-            row.add([self.tokenizer.bos_token_id], 0, [(0, 0)])
-        else:
-            # TRL encodes completions by themselves.
-            answer_start = 0
-        cuts = [(match.start(), match.end()) for match in re.finditer(re.escape(eos), text[at:])]
-        for start, end in [*((at + i, at + j) for i, j in cuts), (len(text), len(text))]:
-            if answer_start is not None and at <= answer_start < start:
-                self._add_text(row, text[at:answer_start], at)
-                at = answer_start
-                if not self._answer_prefix and text[at] == " ":
-                    at += 1
-                answer_start = None
-            self._add_text(row, text[at:start], at)
-            if end > start:
-                row.add([self.tokenizer.eos_token_id], 0, [(start, end)])
-            at = end
-        return row
-
-    def _add_text(self, row: EncodedText, text: str, start: int) -> None:
-        """Appends a text and the pictures in it; the white space round a picture goes with it."""
-        at = 0
-        for match in _MARKER_WITH_SPACE.finditer(text):
-            self._add_words(row, text[at : match.start()], start + at)
-            if row.token_type_ids and row.token_type_ids[-1] == 1:
-                raise ModelInputError(
-                    "two images with nothing between them: CogVLM would read the first one's last "
-                    "token as the second's; put words between the <image> markers, such as "
-                    '"Picture 1: <image> Picture 2: <image>"'
-                )
-            count = self.num_image_tokens
-            row.add([self.tokenizer.pad_token_id] * count, 1, [(0, 0)] * count)
-            at = match.end()
-        self._add_words(row, text[at:], start + at)
-
-    def _add_words(self, row: EncodedText, text: str, start: int) -> None:
-        if not text:
-            return
-        encoded = self.tokenizer(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        offsets = [(start + i, start + j) for i, j in encoded["offset_mapping"]]
-        row.add(encoded["input_ids"], 0, offsets)
-
     def _columns(
         self, rows: list[EncodedText], side: Literal["left", "right"], length: int | None
     ) -> dict[str, list[Any]]:
@@ -422,16 +267,9 @@ def _deal_pictures(images: Any, texts: list[str], lenient: bool) -> list[list[An
     if len(texts) == 1:
         return [list(images)]
     if sum(wanted) != len(images):
-        raise ModelInputError(_count_message(sum(wanted), len(images)))
+        raise ModelInputError(count_message(sum(wanted), len(images)))
     rest = iter(images)
     return [[next(rest) for _ in range(count)] for count in wanted]
-
-
-def _count_message(markers: int, images: int) -> str:
-    return (
-        f"{markers} {IMAGE_MARKER} marker(s) in the text but {images} image(s); "
-        "every image needs one marker"
-    )
 
 
 def _padded_length(
