@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -37,6 +36,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 SHARDED = Path(__file__).with_name("sharded_on_cpu.py")
+SIGNALLED = Path(__file__).with_name("signalled.py")
 
 
 def command(
@@ -60,36 +60,21 @@ def run(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        arguments,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def signalled(
+    arguments: list[str], step: int, number: signal.Signals, rank: int = 0
+) -> tuple[int, str]:
+    """Exit status and stderr of a run of which one process is sent a signal in the given step."""
+    at = arguments.index("cogvlm_sft.cli") - 1
+    program = [str(SIGNALLED), str(step), number.name, str(rank)]
+    done = subprocess.run(
+        [*arguments[:at], *program, arguments[-1]],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr
 
 
 def losses(output: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
-
-
-def wait_for_a_step_after(output: Path, step: int, process: subprocess.Popen[str]) -> None:
-    metrics = output / "metrics.jsonl"
-    for _ in range(1200):
-        if metrics.is_file() and any(r["step"] > step for r in read_metrics(metrics)):
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.1)
-    raise AssertionError("the run does not move")
-
-
-def rank(process: subprocess.Popen[str], number: int) -> psutil.Process:
-    """The process of a rank below a launcher."""
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if child.environ().get("RANK") == str(number):
-            return child
-    raise AssertionError(f"no process of rank {number}")
 
 
 @pytest.fixture
@@ -254,35 +239,29 @@ def test_fsdp_reduces_in_fp32_after_every_micro_batch(
 def test_processes_stop_together(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """SIGTERM to one of two, then SIGKILL to one of two, then to the end."""
     output = tmp_path / "pair"
-    recipe = make_recipe(train__output=output, train__iterations=60, train__save_every=5)
+    recipe = make_recipe(train__output=output, train__iterations=20, train__save_every=5)
     arguments = command(recipe, tmp_path, "pair", 2)
 
-    process = start(arguments)
-    wait_for_a_step_after(output, 5, process)
-    rank(process, 1).send_signal(signal.SIGTERM)
-    message = process.communicate(timeout=60)[1]
-    assert process.returncode != 0
+    status, message = signalled(arguments, 7, signal.SIGTERM, rank=1)
+    assert status != 0
     assert "goes on from" in message
     newest = snapshots.newest_complete(output)
-    assert newest is not None
-    stopped = snapshots.snapshot_step(newest)
-    assert [row["step"] for row in read_metrics(output / "metrics.jsonl")][-1] == stopped
+    assert newest == snapshots.snapshot_folder(output, 7)
+    assert [row["step"] for row in read_metrics(output / "metrics.jsonl")][-1] == 7
 
-    process = start(arguments)
-    wait_for_a_step_after(output, stopped + 7, process)
-    rank(process, 1).kill()
-    killed = time.monotonic()
-    message = process.communicate(timeout=60)[1]
-    assert time.monotonic() - killed < 60
-    assert process.returncode != 0
+    started = time.monotonic()
+    status, message = signalled(arguments, 13, signal.SIGKILL, rank=1)
+    assert time.monotonic() - started < 120  # alone, process 0 would wait for ten minutes
+    assert status != 0
     assert "another process of this run is gone, so process 0 stops too" in message
+    assert snapshots.newest_complete(output) == snapshots.snapshot_folder(output, 10)
     assert not (output / "config.json").exists()
 
     run(arguments)
     assert (output / "config.json").exists()
     steps = [row["step"] for row in read_metrics(output / "metrics.jsonl")]
-    assert steps == list(range(1, 61))
-    whole = make_recipe(train__output=tmp_path / "whole", train__iterations=60, train__save_every=5)
+    assert steps == list(range(1, 21))
+    whole = make_recipe(train__output=tmp_path / "whole", train__iterations=20, train__save_every=5)
     train(whole)
     assert losses(output) == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
 
@@ -293,29 +272,22 @@ def test_sigterm_then_sigkill_then_the_same_weights(
 ) -> None:
     def recipe(name: str) -> Recipe:
         return make_recipe(
-            train__output=tmp_path / name, train__iterations=150, train__save_every=10
+            train__output=tmp_path / name, train__iterations=40, train__save_every=10
         )
 
     broken = tmp_path / "broken"
-    process = start(command(recipe("broken"), tmp_path, "broken"))
-    wait_for_a_step_after(broken, 5, process)
-    process.send_signal(signal.SIGTERM)
-    message = process.communicate(timeout=120)[1]
-    assert process.returncode == 128 + signal.SIGTERM, message
+    arguments = command(recipe("broken"), tmp_path, "broken")
+    status, message = signalled(arguments, 6, signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM, message
     assert "goes on from" in message
-    newest = snapshots.newest_complete(broken)
-    assert newest is not None
+    assert snapshots.newest_complete(broken) == snapshots.snapshot_folder(broken, 6)
     assert not (broken / "config.json").exists()
 
-    process = start(command(recipe("broken"), tmp_path, "broken"))
-    wait_for_a_step_after(broken, snapshots.snapshot_step(newest) + 15, process)
-    process.kill()
-    process.communicate(timeout=60)
+    status, message = signalled(arguments, 27, signal.SIGKILL)
+    assert status == -signal.SIGKILL, message
     assert not (broken / "config.json").exists()
 
-    process = start(command(recipe("broken"), tmp_path, "broken"))
-    message = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, message
+    run(arguments)
     train(recipe("whole"))
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("broken", "whole"))
     assert one.keys() == other.keys()
