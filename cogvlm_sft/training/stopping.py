@@ -2,13 +2,15 @@
 
 A run that is told to stop (SIGTERM from a scheduler, SIGINT from a keyboard) finishes its step,
 writes a snapshot and ends with 128 + the signal's number, as a shell would say it; a second signal
-ends it at once. Where another process of the run is gone, the next exchange with it fails; that is
-said in one line, and the run goes on from its last snapshot when it is started again.
+ends it at once. Launchers and terminals send it to the whole process group; the data workers leave
+that, or they would be gone before the step is finished. Where another process of the run is gone,
+the next exchange with it fails; that is said in one line, and the run goes on from its last
+snapshot when it is started again.
 """
 
+import os
 import re
 import signal
-import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -41,6 +43,14 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _GONE.search(str(error)) is not None
 
 
+def leave_process_group(worker: int) -> None:
+    """Set up data worker `worker`: signals to the run's process group no longer reach it.
+
+    It ends when its parent does, which it looks after itself.
+    """
+    os.setsid()
+
+
 class StopOnSignal(TrainerCallback):
     """Turns SIGTERM and SIGINT into: finish the step, save, stop.
 
@@ -64,10 +74,9 @@ class StopOnSignal(TrainerCallback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self.restore()
-        print(
-            f"\n{signal.Signals(number).name}: saving a snapshot after this step, then stopping",
-            file=sys.stderr,
-        )
+        said = f"{signal.Signals(number).name}: saving a snapshot after this step, then stopping"
+        # Not by print: the signal may have come amid a line of the progress bar.
+        os.write(2, f"\n{said}\n".encode())
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""

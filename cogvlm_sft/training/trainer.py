@@ -37,6 +37,7 @@ from cogvlm_sft.training.optimization import (
     rate_schedule,
 )
 from cogvlm_sft.training.snapshot_trainer import SnapshotTrainer
+from cogvlm_sft.training.stopping import leave_process_group
 from cogvlm_sft.training.throughput import Throughput, peak_flops, trained_matrices
 from cogvlm_sft.tune.adapters import AdapterFiles
 from cogvlm_sft.tune.groups import parameter_groups
@@ -135,34 +136,41 @@ class CogVLMTrainer(SnapshotTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of the run's sampler, dealt over the processes, read and decoded ahead."""
+        return self._loader(
+            self.train_dataset, self.data_collator, even_batches=False, batch_sampler=self.batches
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Held-out conversations in their order, one row each."""
+        return self._loader(
+            self.eval_dataset if eval_dataset is None else eval_dataset,
+            self.eval_collator,
+            even_batches=True,
+            batch_size=self.args.eval_batch_size,
+        )
+
+    def _loader(
+        self, dataset: Any, collator: Any, *, even_batches: bool, **batches: Any
+    ) -> DataLoader[Any]:
+        """Not Trainer's way, which wants micro-batches of one size."""
         args = self.args
         loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
+            dataset,
+            collate_fn=collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=leave_process_group,
+            **batches,
         )
-        # Not Trainer's way, which wants micro-batches of one size.
         return prepare_data_loader(
             loader,
             device=args.device,
             num_processes=args.world_size,
             process_index=args.process_index,
             put_on_device=True,
-            even_batches=False,
+            even_batches=even_batches,
             non_blocking=args.dataloader_pin_memory,
         )
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Trainer's, with one row a conversation."""
-        packing, self.data_collator = self.data_collator, self.eval_collator
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = packing
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over group x decay."""

@@ -63,12 +63,13 @@ def run(arguments: list[str]) -> None:
 def signalled(
     arguments: list[str], step: int, number: signal.Signals, rank: int = 0
 ) -> tuple[int, str]:
-    """Exit status and stderr of a run of which one process is sent a signal in the given step."""
+    """Exit status and stderr of a run of which one process's group gets a signal in a step."""
     at = arguments.index("cogvlm_sft.cli") - 1
     program = [str(SIGNALLED), str(step), number.name, str(rank)]
     done = subprocess.run(
         [*arguments[:at], *program, arguments[-1]],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+        start_new_session=True,  # the whole process group of the run gets it, and nobody else
     )  # fmt: skip
     return done.returncode, done.stderr
 
@@ -239,7 +240,9 @@ def test_fsdp_reduces_in_fp32_after_every_micro_batch(
 def test_processes_stop_together(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """SIGTERM to one of two, then SIGKILL to one of two, then to the end."""
     output = tmp_path / "pair"
-    recipe = make_recipe(train__output=output, train__iterations=20, train__save_every=5)
+    recipe = make_recipe(
+        train__output=output, train__iterations=20, train__save_every=5, data__workers=1
+    )
     arguments = command(recipe, tmp_path, "pair", 2)
 
     status, message = signalled(arguments, 7, signal.SIGTERM, rank=1)
@@ -270,9 +273,14 @@ def test_processes_stop_together(make_recipe: MakeRecipe, tmp_path: Path) -> Non
 def test_sigterm_then_sigkill_then_the_same_weights(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
+    """The data workers, which are of the run's process group at first, outlive the signal."""
+
     def recipe(name: str) -> Recipe:
         return make_recipe(
-            train__output=tmp_path / name, train__iterations=40, train__save_every=10
+            train__output=tmp_path / name,
+            train__iterations=40,
+            train__save_every=10,
+            data__workers=2,
         )
 
     broken = tmp_path / "broken"
