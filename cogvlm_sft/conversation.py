@@ -225,7 +225,7 @@ def resolve_image(image_root: Path, relative: str, where: str = "conversation") 
     if not target.is_file():
         raise DataError(
             f"{where}: image {relative!r} is missing under {image_root}; "
-            "set data.image_root to the folder that the paths are relative to"
+            "give the folder that the paths are relative to (data.image_root, --images)"
         )
     return target
 

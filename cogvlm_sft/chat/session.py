@@ -194,6 +194,6 @@ def open_chat(
     Raises:
         CheckpointError: The folder is missing or is not a whole checkpoint.
     """
+    processor = load_processor(checkpoint, tokenizer)  # a missing tokenizer is said at once
     model = open_model(checkpoint, dtype=dtype, quantize=quantize)
-    processor = load_processor(checkpoint, tokenizer)
     return Chat(model, processor, style=style, decoding=decoding or Decoding())

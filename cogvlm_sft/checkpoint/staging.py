@@ -8,7 +8,7 @@ a folder without it is no checkpoint, or no adapter, to any reader.
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -49,9 +49,19 @@ def staged(out: str | Path, last: str = "config.json") -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes a file beside its name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file beside its name and renames it.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
     partial = path.with_name(path.name + ".writing")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return path

@@ -8,6 +8,7 @@ template; a row may carry a `prompt` that is read and not counted; documents are
 of its window; the intervals resample windows, within which tokens depend on each other.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,16 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from cogvlm_sft import launch
+from cogvlm_sft.checkpoint.staging import write_text
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.generate import evaluation_mode
+from cogvlm_sft.evaluation.loading import describe_weights
 from cogvlm_sft.evaluation.metrics.intervals import Figure
+from cogvlm_sft.evaluation.processes import wait_for_all
+from cogvlm_sft.evaluation.report import write_report
+from cogvlm_sft.evaluation.results import figures_of
+from cogvlm_sft.evaluation.tasks import PERPLEXITY
 from cogvlm_sft.evaluation.tasks.task import field_of, load_json_lines
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 
@@ -30,6 +38,63 @@ PROTOCOL = {
     "post_processing": "none",
     "metric": "perplexity over tokens, bits per byte of UTF-8, share of tokens predicted first",
 }
+
+
+_WINDOW = 1024
+
+
+def evaluate_text(
+    texts: Sequence[tuple[str, str]],
+    paths: Sequence[Path],
+    limit: int | None,
+    model: CogVLMForCausalLM,
+    processor: CogVLMProcessor,
+    batch_size: int,
+    output: Path | str | None,
+    checkpoint: Path | str | None,
+) -> dict[str, Any]:
+    """Scores texts and writes the report.
+
+    The first process does it alone, since text is short beside the benchmarks; the others wait.
+
+    Args:
+        texts: As `read_texts` gives them.
+        paths, limit, checkpoint: Stated in the report.
+        model, processor: Of one checkpoint.
+        batch_size: Windows at once.
+        output: Folder of the results; nothing is written without it.
+
+    Returns:
+        The report; an empty one on processes other than the first.
+    """
+    if launch.rank():
+        wait_for_all()
+        return {}
+    length = min(_WINDOW, model.config.max_position_embeddings)
+    figures, windows = score_texts(
+        model, processor, texts, max_length=length, batch_size=batch_size
+    )
+    report = {
+        "task": PERPLEXITY,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "annotations": [str(path) for path in paths],
+        "limit": limit,
+        **PROTOCOL,
+        "decoding": f"{PROTOCOL['decoding']}, in windows of {length} tokens",
+        "weights": describe_weights(model),
+        "count": len(windows),
+        "figures": figures_of(figures, len(windows)),
+        "notes": [],
+        "published": [],
+        "samples": [],
+        "worst": [],
+    }
+    if output is not None:
+        lines = "".join(json.dumps(window) + "\n" for window in windows)
+        write_text(Path(output) / "windows.jsonl", lines)
+        write_report(Path(output), [report])
+    wait_for_all()
+    return report
 
 
 def read_texts(paths: Sequence[Path]) -> list[tuple[str, str]]:

@@ -50,21 +50,23 @@ class Predictions:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / _RUN
             known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        except (OSError, json.JSONDecodeError) as error:
+            if known == self._run:
+                return True
+            self._clear()
+            (self.folder / _PREDICTIONS).unlink(missing_ok=True)
+            write_text(file, json.dumps(self._run, indent=2, ensure_ascii=False) + "\n")
+        except (OSError, ValueError) as error:
             raise DataError(f"{self.folder}: cannot be used for predictions: {error}") from None
-        if known == self._run:
-            return True
-        self._clear()
-        (self.folder / _PREDICTIONS).unlink(missing_ok=True)
-        write_text(file, json.dumps(self._run, indent=2, ensure_ascii=False) + "\n")
         return False
 
     def known(self) -> dict[str, str]:
-        """Answers so far by question id: of the whole file, or of all processes' logs."""
+        """Answers so far by question id: of the whole file, and of all processes' logs.
+
+        Both are there where lines were taken out of the whole file, to have them asked again.
+        """
         whole = self.folder / _PREDICTIONS
-        files = [whole] if whole.is_file() else self._logs()
         answers: dict[str, str] = {}
-        for file in files:
+        for file in [*([whole] if whole.is_file() else []), *self._logs()]:
             for line in file.read_bytes().split(b"\n"):
                 try:
                     row = json.loads(line)

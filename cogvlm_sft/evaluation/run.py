@@ -8,10 +8,10 @@ is another benchmark.
 """
 
 import gc
-import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from cogvlm_sft import launch
 from cogvlm_sft.checkpoint.load import load_processor
-from cogvlm_sft.checkpoint.staging import write_text
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.generate import Request, generate_answers
 from cogvlm_sft.evaluation.identity import (
@@ -28,17 +27,15 @@ from cogvlm_sft.evaluation.identity import (
     tokenizer_identity,
 )
 from cogvlm_sft.evaluation.loading import describe_weights, open_model
-from cogvlm_sft.evaluation.perplexity import PROTOCOL, read_texts, score_texts
+from cogvlm_sft.evaluation.perplexity import evaluate_text, read_texts
 from cogvlm_sft.evaluation.predictions import Predictions, chunks
 from cogvlm_sft.evaluation.processes import wait_for_all
 from cogvlm_sft.evaluation.report import write_report
-from cogvlm_sft.evaluation.results import figures_of, report_of, write_upload
+from cogvlm_sft.evaluation.results import report_of, write_upload
 from cogvlm_sft.evaluation.tasks import PERPLEXITY, Task, find_task
 from cogvlm_sft.evaluation.tasks.task import Judge, Question
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.recipe import EvaluateTask
-
-_WINDOW = 1024
 
 
 def evaluate_checkpoint(
@@ -67,35 +64,22 @@ def evaluate_checkpoint(
         CheckpointError: The checkpoint is missing or incomplete.
         DataError: The task is unknown, or a conversation or picture is not usable.
     """
-    if task != PERPLEXITY:
-        find_task(task)
+    # What costs seconds comes first: a large checkpoint takes minutes to load.
+    evaluate = _read_task(task, annotations, images, limit, judge)
+    processor = load_processor(checkpoint, tokenizer)
     model = open_model(checkpoint, dtype=dtype, quantize=quantize)
     folder = Path(output) if output is not None else Path(checkpoint) / "evaluation" / task
-    return evaluate_model(
-        model,
-        load_processor(checkpoint, tokenizer),
-        task,
-        annotations,
-        images,
-        limit=limit,
-        batch_size=batch_size,
-        output=folder,
-        judge=judge,
-        checkpoint=checkpoint,
-    )
+    return evaluate(model, processor, batch_size, folder, checkpoint)
 
 
 def check_task(task: EvaluateTask) -> None:
-    """Looks at a recipe's task before hours of training.
+    """Reads a recipe's task before hours of training; the first process does, for all.
 
     Raises:
-        DataError: Its name is unknown, or a file or the picture folder is missing.
+        DataError: As `evaluate_model`, of the task's name and files.
     """
-    if task.name != PERPLEXITY:
-        find_task(task.name)
-    for path in [*task.annotations, *([task.images] if task.images is not None else [])]:
-        if not path.exists():
-            raise DataError(f"{path} does not exist")
+    if launch.rank() == 0:
+        _read_task(task.name, task.annotations, task.images, task.limit)
 
 
 def evaluate_tasks(
@@ -120,8 +104,8 @@ def evaluate_tasks(
         DataError, CheckpointError: As `evaluate_checkpoint`.
     """
     gc.collect()  # a training that has just ended left its model in reference cycles
-    model = open_model(checkpoint, quantize=quantize)
     processor = load_processor(checkpoint)
+    model = open_model(checkpoint, quantize=quantize)
     folder = Path(checkpoint) / "evaluation"
     reports = [
         evaluate_model(
@@ -174,11 +158,27 @@ def evaluate_model(
     Raises:
         DataError: No questions, or an annotation, picture or text is not usable.
     """
+    evaluate = _read_task(task, annotations, images, limit, judge)
+    return evaluate(model, processor, batch_size, output, checkpoint)
+
+
+def _read_task(
+    task: str,
+    annotations: Sequence[Path | str],
+    images: Path | str | None,
+    limit: int | None,
+    judge: Judge | None = None,
+) -> Callable[..., dict[str, Any]]:
+    """Reads all files of a task; what it returns asks a model and writes the results.
+
+    Raises:
+        DataError: See `evaluate_model`.
+    """
     paths = [Path(path) for path in annotations]
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}, expected 1 or more")
     if task == PERPLEXITY:
-        return _evaluate_text(model, processor, paths, limit, batch_size, output, checkpoint)
+        return partial(evaluate_text, read_texts(paths)[:limit], paths, limit)
     found = find_task(task)
     if judge is not None and found.score is not None:
         raise DataError(f"task {task} is scored by rules; it takes no judge")
@@ -186,11 +186,27 @@ def evaluate_model(
     if not questions:
         raise DataError(f"{', '.join(map(str, paths))}: holds no question; nothing to evaluate")
     _check_unique(questions, paths)
+    return partial(_evaluate_questions, found, questions, paths, limit, judge)
+
+
+def _evaluate_questions(
+    found: Task,
+    questions: Sequence[Question],
+    paths: Sequence[Path],
+    limit: int | None,
+    judge: Judge | None,
+    model: CogVLMForCausalLM,
+    processor: CogVLMProcessor,
+    batch_size: int,
+    output: Path | str | None,
+    checkpoint: Path | str | None,
+) -> dict[str, Any]:
+    """Asks, scores, and writes the results where there is a folder for them."""
     process, processes = launch.rank(), launch.world_size()
     log = None
     if output is not None:
         run = {
-            "task": task,
+            "task": found.name,
             "checkpoint": checkpoint_identity(checkpoint),
             "tokenizer": tokenizer_identity(processor),
             "decoding": found.decoding,
@@ -201,7 +217,7 @@ def evaluate_model(
         log = Predictions(Path(output), run, process=process)
         if process == 0 and log.prepare() and (there := len(log.known())):
             # Not to stdout, where the report goes.
-            print(f"{task}: going on, {there} of {len(questions)} are there", file=sys.stderr)
+            print(f"{found.name}: going on, {there} of {len(questions)} are there", file=sys.stderr)
     elif processes > 1:
         raise DataError("several processes share their answers through files; give an output")
     wait_for_all()
@@ -295,43 +311,3 @@ def _answers(
 
 def _request(question: Question) -> Request:
     return Request(question.images, question.text, question.style, question.history)
-
-
-def _evaluate_text(
-    model: CogVLMForCausalLM,
-    processor: CogVLMProcessor,
-    paths: Sequence[Path],
-    limit: int | None,
-    batch_size: int,
-    output: Path | str | None,
-    checkpoint: Path | str | None,
-) -> dict[str, Any]:
-    if launch.rank():  # the text is short beside the benchmarks: the first process reads it alone
-        wait_for_all()
-        return {}
-    texts = read_texts(paths)[:limit]
-    length = min(_WINDOW, model.config.max_position_embeddings)
-    figures, windows = score_texts(
-        model, processor, texts, max_length=length, batch_size=batch_size
-    )
-    report = {
-        "task": PERPLEXITY,
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-        "annotations": [str(path) for path in paths],
-        "limit": limit,
-        **PROTOCOL,
-        "decoding": f"{PROTOCOL['decoding']}, in windows of {length} tokens",
-        "weights": describe_weights(model),
-        "count": len(windows),
-        "figures": figures_of(figures, len(windows)),
-        "notes": [],
-        "published": [],
-        "samples": [],
-        "worst": [],
-    }
-    if output is not None:
-        lines = "".join(json.dumps(window) + "\n" for window in windows)
-        write_text(Path(output) / "windows.jsonl", lines)
-        write_report(Path(output), [report])
-    wait_for_all()
-    return report

@@ -247,6 +247,38 @@ def test_text_is_scored_without_pictures(tiny: Tiny, tmp_path: Path) -> None:
     assert evaluate_model(*tiny, "text_perplexity", [tmp_path / "rows.jsonl"])["count"] == 1
 
 
+def test_lines_taken_out_of_the_predictions_are_asked_again(tiny: Tiny, tmp_path: Path) -> None:
+    files, images = make("text_exact_match", tmp_path)
+    arguments = (*tiny, "text_exact_match", files, images)
+    report = evaluate_model(*arguments, output=tmp_path / "out")
+    whole = (tmp_path / "out/predictions.jsonl").read_bytes()
+    (tmp_path / "out/predictions.jsonl").write_bytes(whole.splitlines(keepends=True)[1])
+    assert evaluate_model(*arguments, output=tmp_path / "out") == report
+    assert (tmp_path / "out/predictions.jsonl").read_bytes() == whole
+    assert not list((tmp_path / "out").glob("*partial*"))
+
+
+def test_files_are_read_before_the_weights(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, images = make("gqa", tmp_path)
+    monkeypatch.setattr(run, "open_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    with pytest.raises(DataError, match=r"nope\.json: no such annotation file"):
+        evaluate_checkpoint(checkpoint, "gqa", [tmp_path / "nope.json"], images)
+    with pytest.raises(DataError, match="cannot be read as UTF-8 text"):
+        evaluate_checkpoint(checkpoint, "text_perplexity", [tmp_path / "nope.txt"])
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        evaluate_checkpoint(checkpoint, "gqa", files, images, tokenizer=tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    files, images = make("gqa", tmp_path)
+    (tmp_path / "out/run.json").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"run\.json: cannot be written"):
+        evaluate_model(*tiny, "gqa", files, images, output=tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["run.json"]
+
+
 def test_mistakes_are_named(checkpoint: Path, tmp_path: Path) -> None:
     files, images = make("exact_match", tmp_path)
     with pytest.raises(DataError, match="did you mean 'exact_match'"):

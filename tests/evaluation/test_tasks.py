@@ -1,7 +1,9 @@
 """Each benchmark from its official files: how it asks, what answers score, what it uploads."""
 
+import copy
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from cogvlm_sft.evaluation.tasks.task import Question, judged_scores
 from data_builders.build import build_recipe
 from data_builders.recipe import parse_recipe
 
-from .official_files import make
+from .official_files import make, picture
 
 # Task: the first question as the model gets it, answers to all, and the figures that they earn.
 CASES: dict[str, tuple[str, str, list[str], dict[str, float]]] = {
@@ -199,6 +201,102 @@ def test_hidden_answers_leave_no_truth(tmp_path: Path) -> None:
     files, images = make("vqav2", tmp_path)
     questions = find_task("vqav2").read(files[:1], images)
     assert [question.truth for question in questions] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "content"),
+    [
+        ("vqav2", "v2_OpenEnded_mscoco_test-dev2015_questions.json",
+         {"data_subtype": "test-dev2015",
+          "questions": [{"image_id": 42, "question": "What?", "question_id": 1}]}),
+        ("nocaps", "nocaps_test_image_info.json",
+         {"images": [{"id": 0, "file_name": "COCO_test2015_000000000042.jpg"}]}),
+        ("coco_captions", "image_info_test2014.json",
+         {"images": [{"id": 42, "file_name": "COCO_test2015_000000000042.jpg"}],
+          "categories": []}),
+        ("textcaps", "TextCaps_0.1_test.json",
+         {"data": [{"image_id": "COCO_test2015_000000000042"}]}),
+        ("vizwiz", "test.json",
+         [{"image": "COCO_test2015_000000000042.jpg", "question": "What?"}]),
+    ],
+)  # fmt: skip
+def test_files_of_hidden_test_splits_are_read(
+    task: str, file: str, content: Any, tmp_path: Path
+) -> None:
+    image = picture(tmp_path / "images/COCO_test2015_000000000042.jpg")
+    (tmp_path / file).write_text(json.dumps(content))
+    (question,) = find_task(task).read([tmp_path / file], image.parent)
+    assert (question.images, question.truth) == ((image,), None)
+
+
+def _places(content: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
+    """Where the values of a JSON tree stand; of a list, its first."""
+    for key in content if isinstance(content, dict) else range(len(content[:1])):
+        yield (*path, key)
+        if isinstance(content[key], dict | list):
+            yield from _places(content[key], *path, key)
+
+
+def _damaged(content: Any, place: tuple[Any, ...], value: Any) -> Any:
+    """A copy of a JSON tree with another value at a place, or without it (`...`)."""
+    copied = copy.deepcopy(content)
+    parent = copied
+    for key in place[:-1]:
+        parent = parent[key]
+    if value is ...:
+        del parent[place[-1]]
+    else:
+        parent[place[-1]] = value
+    return copied
+
+
+@pytest.mark.parametrize("name", [n for n in TASKS if n not in ("exact_match", "box_iou")])
+def test_a_damaged_file_is_one_message_or_none(name: str, tmp_path: Path) -> None:
+    files, images = make(name, tmp_path)
+    task = find_task(name)
+    for file in files:
+        raw = file.read_bytes()
+        if file.suffix == ".p":
+            content, write = pickle.loads(raw), pickle.dumps
+        elif name in ("pope", "llava_bench", "text_exact_match"):
+            content = [json.loads(line) for line in raw.splitlines()]
+
+            def write(rows: Any) -> bytes:
+                return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        else:
+            content = json.loads(raw)
+
+            def write(rows: Any) -> bytes:
+                return json.dumps(rows).encode()
+
+        for place in _places(content):
+            for value in (..., None, 7, "x", []):
+                file.write_bytes(write(_damaged(content, place, value)))
+                try:
+                    questions = task.read(files, images)
+                except DataError:
+                    continue
+                # What was read can be scored: not to be found out after hours of answering.
+                if task.score and questions and all(one.truth is not None for one in questions):
+                    figures = task.score(questions, ["x"] * len(questions)).figures
+                    assert all(isinstance(figure.name, str) for figure in figures)
+        file.write_bytes(raw)
+
+
+def test_other_bytes_of_python_2_can_be_asked(tmp_path: Path) -> None:
+    files, images = make("refcoco", tmp_path)
+    # Python 2's text of bytes, in place of Python 3's.
+    written = files[0].read_bytes().replace(b"X\x07\0\0\0the man", b"U\x07caf\xe9 ok")
+    files[0].write_bytes(written)
+    questions = find_task("refcoco").read(files, images)
+    assert questions[2].text == "Where is caf? ok? answer in [[x0,y0,x1,y1]] format."
+
+
+def test_the_google_split_is_refused(tmp_path: Path) -> None:
+    files, images = make("refcocog", tmp_path)
+    renamed = files[0].rename(tmp_path / "refs(google).p")
+    with pytest.raises(DataError, match="shares pictures between training and validation"):
+        find_task("refcocog").read([renamed, files[1]], images)
 
 
 def test_a_judge_counts_points_over_most_points() -> None:

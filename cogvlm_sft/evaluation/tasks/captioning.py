@@ -35,15 +35,21 @@ from cogvlm_sft.evaluation.tasks.task import (
 
 
 def _read(paths: Sequence[Path], images: Path) -> list[Question]:
-    """One question a picture, from COCO's, Karpathy's or TextCaps' file."""
+    """One question a picture, from COCO's, Karpathy's or TextCaps' file.
+
+    The files of hidden test splits (`image_info_test2014.json`, `nocaps_test_image_info.json`) are
+    COCO's without annotations.
+    """
     path = one_file(paths, "captioning")
-    content = load_json(path)
-    if "annotations" in content and "images" in content:
-        found = _coco(content)
-    elif "data" in content:
-        found = _textcaps(content["data"])
+    content, where = load_json(path, dict), str(path)
+    if "data" in content:
+        found = _textcaps(field_of(content, "data", where, list), where)
     elif "images" in content:
-        found = _karpathy(content["images"])
+        pictures_told = field_of(content, "images", where, list)
+        if any(isinstance(one, dict) and "sentences" in one for one in pictures_told):
+            found = _karpathy(pictures_told, where)
+        else:
+            found = _coco(pictures_told, content, where)
     else:
         raise DataError(
             f"{path}: expected images and annotations (COCO, NoCaps), images with sentences "
@@ -70,40 +76,41 @@ def _read(paths: Sequence[Path], images: Path) -> list[Question]:
 _Row = tuple[Any, str, list[str], str]
 
 
-def _coco(content: dict[str, Any]) -> list[_Row]:
+def _coco(pictures: list[Any], content: dict[str, Any], where: str) -> list[_Row]:
     captions: dict[Any, list[str]] = {}
-    for row in content["annotations"]:
-        captions.setdefault(row["image_id"], []).append(row["caption"])
-    return [
-        (
-            picture["id"],
-            field_of(picture, "file_name", f"picture {picture['id']}"),
-            captions.get(picture["id"], []),
-            picture.get("domain", ""),
+    if "annotations" in content:
+        for row in field_of(content, "annotations", where, list):
+            known = captions.setdefault(field_of(row, "image_id", where, int, str), [])
+            known.append(field_of(row, "caption", where, str))
+    rows = []
+    for picture in pictures:
+        identity = field_of(picture, "id", where, int, str)
+        name = field_of(picture, "file_name", f"{where}: picture {identity}", str)
+        rows.append((identity, name, captions.get(identity, []), str(picture.get("domain") or "")))
+    return rows
+
+
+def _karpathy(pictures: list[Any], where: str) -> list[_Row]:
+    rows = []
+    for picture in pictures:
+        if field_of(picture, "split", where) != "test":
+            continue
+        name = field_of(picture, "filename", where, str)
+        sentences = field_of(picture, "sentences", f"{where}: {name}", list)
+        captions = [field_of(one, "raw", f"{where}: {name}", str) for one in sentences]
+        folder = picture.get("filepath")
+        rows.append(
+            (picture.get("cocoid", name), f"{folder}/{name}" if folder else name, captions, "")
         )
-        for picture in content["images"]
-    ]
+    return rows
 
 
-def _karpathy(pictures: list[dict[str, Any]]) -> list[_Row]:
-    return [
-        (
-            picture.get("cocoid", picture["filename"]),
-            "/".join(filter(None, (picture.get("filepath"), picture["filename"]))),
-            [sentence["raw"] for sentence in picture["sentences"]],
-            "",
-        )
-        for picture in pictures
-        if picture["split"] == "test"
-    ]
-
-
-def _textcaps(records: list[dict[str, Any]]) -> list[_Row]:
+def _textcaps(records: list[Any], where: str) -> list[_Row]:
     captions: dict[str, list[str]] = {}
     for row in records:
-        known = captions.setdefault(row["image_id"], [])
+        known = captions.setdefault(field_of(row, "image_id", where, str), [])
         if "caption_str" in row:
-            known.append(row["caption_str"])
+            known.append(field_of(row, "caption_str", where, str))
     return [(identity, f"{identity}.jpg", found, "") for identity, found in captions.items()]
 
 
@@ -150,7 +157,8 @@ def _task(name: str, title: str, files: str, figures: tuple[published.Published,
 
 
 TASKS = (
-    _task("nocaps", "NoCaps", "nocaps_val_4500_captions.json", published.NOCAPS),
+    _task("nocaps", "NoCaps", "nocaps_val_4500_captions.json or nocaps_test_image_info.json",
+          published.NOCAPS),
     _task("flickr30k", "Flickr30k", "dataset_flickr30k.json (Karpathy's split; test)",
           published.FLICKR30K),
     _task("coco_captions", "COCO captions",

@@ -23,6 +23,7 @@ from cogvlm_sft.evaluation.tasks.task import (
     field_of,
     load_json,
     one_file,
+    texts_of,
 )
 from data_builders.prompts import lettered
 
@@ -30,7 +31,7 @@ _PICTURE, _NO_PICTURE = "with picture", "without picture"
 
 
 def _scienceqa(paths: Sequence[Path], images: Path) -> list[Question]:
-    contents = [load_json(path) for path in paths]
+    contents = [load_json(path, dict) for path in paths]
     splits = next((content for content in contents if "test" in content), None)
     problems = next((content for content in contents if "test" not in content), None)
     if splits is None or problems is None:
@@ -40,21 +41,26 @@ def _scienceqa(paths: Sequence[Path], images: Path) -> list[Question]:
         )
     pictures = Pictures(images)
     questions = []
-    for key in splits["test"]:
-        problem = field_of(problems, key, "problems.json")
+    for key in field_of(splits, "test", "pid_splits.json", list):
+        where = f"problem {key}"
+        problem = field_of(problems, str(key), "problems.json", dict)
         files: tuple[Path, ...] = ()
         if problem.get("image"):
-            names = (f"test/{key}/{problem['image']}", f"{key}/{problem['image']}")
-            files = (pictures.find(*names, where=f"problem {key}"),)
-        options = problem["choices"]
+            name = field_of(problem, "image", where, str)
+            files = (pictures.find(f"test/{key}/{name}", f"{key}/{name}", where=where),)
+        options = texts_of(problem, "choices", where)
+        right = field_of(problem, "answer", where, int)
+        if not 0 <= right < len(options):
+            raise DataError(f"{where}: answer is {right}, expected 0 to {len(options) - 1}")
+        hint = field_of(problem, "hint", where, str) if problem.get("hint") else ""
         questions.append(
             Question(
-                id=key,
+                id=str(key),
                 images=files,
-                text=lettered(problem["question"], options, problem.get("hint") or ""),
+                text=lettered(field_of(problem, "question", where, str), options, hint),
                 style="vqa",
-                truth={"letter": chr(ord("A") + problem["answer"]), "options": len(options)},
-                shown=f"{chr(ord('A') + problem['answer'])}. {options[problem['answer']]}",
+                truth={"letter": chr(ord("A") + right), "options": len(options)},
+                shown=f"{chr(ord('A') + right)}. {options[right]}",
                 group=_PICTURE if files else _NO_PICTURE,
                 upload={"id": key},
             )
@@ -70,9 +76,9 @@ def visual7w_pairs(content: dict[str, Any]) -> list[tuple[dict[str, Any], dict[s
     """
     pairs = [
         (picture, pair)
-        for picture in field_of(content, "images", "Visual7W")
-        if picture.get("split") == "test"
-        for pair in picture["qa_pairs"]
+        for picture in field_of(content, "images", "Visual7W", list)
+        if field_of(picture, "split", "Visual7W") == "test"
+        for pair in field_of(picture, "qa_pairs", "Visual7W", list)
     ]
     if not pairs:
         raise DataError("the Visual7W file holds no picture of the test part")
@@ -83,22 +89,26 @@ def _telling(paths: Sequence[Path], images: Path) -> list[Question]:
     pictures = Pictures(images)
     questions = []
     for picture, pair in visual7w_pairs(load_json(one_file(paths, "visual7w_telling"))):
-        options = [pair["answer"], *pair["multiple_choices"]]
+        identity = field_of(pair, "qa_id", "Visual7W", int, str)
+        where = f"question {identity}"
+        answer = field_of(pair, "answer", where, str)
+        options = [answer, *texts_of(pair, "multiple_choices", where)]
         # The file names the right answer first; the order is drawn from the question's own number.
-        digest = hashlib.sha256(str(pair["qa_id"]).encode()).digest()
+        digest = hashlib.sha256(str(identity).encode()).digest()
         random.Random(digest).shuffle(options)
-        right = options.index(pair["answer"])
+        right = options.index(answer)
         letter = chr(ord("A") + right)
+        name = field_of(picture, "filename", where, str)
         questions.append(
             Question(
-                id=str(pair["qa_id"]),
-                images=(pictures.find(picture["filename"], where=f"question {pair['qa_id']}"),),
-                text=lettered(pair["question"], options),
+                id=str(identity),
+                images=(pictures.find(name, where=where),),
+                text=lettered(field_of(pair, "question", where, str), options),
                 style="vqa",
                 truth={"letter": letter, "options": len(options)},
-                shown=f"{letter}. {pair['answer']}",
-                group=pair.get("type", ""),
-                upload={"qa_id": pair["qa_id"]},
+                shown=f"{letter}. {answer}",
+                group=str(pair.get("type") or ""),
+                upload={"qa_id": identity},
             )
         )
     return questions

@@ -27,6 +27,7 @@ from cogvlm_sft.evaluation.tasks.task import (
     load_json_lines,
     one_file,
     rows_with,
+    texts_of,
 )
 
 
@@ -37,18 +38,19 @@ def _pope(paths: Sequence[Path], images: Path) -> list[Question]:
     for path in paths:
         kind = path.stem.rpartition("_")[2]
         for row in load_json_lines(path):
-            where = f"{path.name}: question {field_of(row, 'question_id', path.name)}"
-            label = field_of(row, "label", where)
+            identity = field_of(row, "question_id", path.name, int, str)
+            where = f"{path.name}: question {identity}"
+            name, text, label = (field_of(row, k, where, str) for k in ("image", "text", "label"))
             questions.append(
                 Question(
-                    id=f"{kind}:{row['question_id']}",
-                    images=(pictures.find(row["image"], where=where),),
-                    text=row["text"],
+                    id=f"{kind}:{identity}",
+                    images=(pictures.find(name, where=where),),
+                    text=text,
                     style="vqa",
                     truth=label,
                     shown=label,
                     group=kind,
-                    upload={"question": row["text"]},
+                    upload={"question": text},
                 )
             )
     return questions
@@ -114,14 +116,14 @@ def _mm_vet(paths: Sequence[Path], images: Path) -> list[Question]:
     return [
         Question(
             id=key,
-            images=(pictures.find(field_of(row, "imagename", key), where=key),),
-            text=row["question"],
+            images=(pictures.find(field_of(row, "imagename", key, str), where=key),),
+            text=field_of(row, "question", key, str),
             style="chat",
             truth=row.get("answer", ""),
             shown=str(row.get("answer", "")),
-            group="+".join(row.get("capability", [])),
+            group="+".join(texts_of(row, "capability", key) if "capability" in row else []),
         )
-        for key, row in load_json(path).items()
+        for key, row in load_json(path, dict).items()
     ]
 
 
@@ -132,18 +134,23 @@ def _mm_vet_answers(questions: Sequence[Question], answers: Sequence[str]) -> di
 def _llava_bench(paths: Sequence[Path], images: Path) -> list[Question]:
     pictures = Pictures(images)
     path = one_file(paths, "llava_bench")
-    return [
-        Question(
-            id=str(field_of(row, "question_id", path.name)),
-            images=(pictures.find(row["image"], where=f"question {row['question_id']}"),),
-            text=row["text"],
-            style="chat",
-            truth="",
-            group=row.get("category", ""),
-            upload={"question_id": row["question_id"], "prompt": row["text"]},
+    questions = []
+    for row in load_json_lines(path):
+        identity = field_of(row, "question_id", path.name, int, str)
+        where = f"question {identity}"
+        name, text = (field_of(row, key, where, str) for key in ("image", "text"))
+        questions.append(
+            Question(
+                id=str(identity),
+                images=(pictures.find(name, where=where),),
+                text=text,
+                style="chat",
+                truth="",
+                group=str(row.get("category") or ""),
+                upload={"question_id": identity, "prompt": text},
+            )
         )
-        for row in load_json_lines(path)
-    ]
+    return questions
 
 
 def _llava_bench_rows(

@@ -46,38 +46,67 @@ def _refcoco(paths: Sequence[Path], images: Path) -> list[Question]:
     if instances_path is None:
         raise DataError(f"no instances.json among {', '.join(path.name for path in paths)}")
     refs_path = next(path for path in paths if path != instances_path)
+    if "google" in refs_path.name:
+        raise DataError(
+            f"{refs_path}: the google split shares pictures between training and validation, and "
+            "no published figure here is of it; expected refs(unc).p or, of RefCOCOg, refs(umd).p"
+        )
     refs = load_json(refs_path) if refs_path.suffix == ".json" else read_pickle(refs_path)
-    instances = load_json(instances_path)
-    boxes = {row["id"]: row["bbox"] for row in field_of(instances, "annotations", "instances.json")}
-    sizes = {row["id"]: row for row in field_of(instances, "images", "instances.json")}
+    if not isinstance(refs, list):
+        raise DataError(f"{refs_path}: expected a list of references; is this the official file?")
+    instances = load_json(instances_path, dict)
+    told, shown = (
+        {
+            field_of(row, "id", name, int): row
+            for row in field_of(instances, name, "instances", list)
+        }
+        for name in ("annotations", "images")
+    )
     pictures = Pictures(images)
     questions = []
     for ref in refs:
-        if ref["split"] == "train":
+        part = field_of(ref, "split", str(refs_path), str)
+        if part == "train":
             continue
-        where = f"reference {ref['ref_id']}"
-        size = field_of(sizes, ref["image_id"], where) if ref["image_id"] in sizes else None
-        if size is None or ref["ann_id"] not in boxes:
+        where = f"reference {field_of(ref, 'ref_id', str(refs_path), int)}"
+        picture = shown.get(field_of(ref, "image_id", where, int))
+        thing = told.get(field_of(ref, "ann_id", where, int))
+        if picture is None or thing is None:
             raise DataError(f"{where}: its picture or box is not in {instances_path}")
-        x, y, width, height = boxes[ref["ann_id"]]
-        box = (x, y, x + width, y + height)
-        file = pictures.find(size["file_name"], where=where)
-        for sentence in ref["sentences"]:
+        box = _corners(field_of(thing, "bbox", where, list), where)
+        file = pictures.find(field_of(picture, "file_name", where, str), where=where)
+        width, height = (field_of(picture, side, where, int) for side in ("width", "height"))
+        for sentence in field_of(ref, "sentences", where, list):
+            identity = field_of(sentence, "sent_id", where, int)
+            # Bytes of Python 2 that are no UTF-8 can be neither asked nor written.
+            said = field_of(sentence, "sent", where, str).encode("utf-8", "replace").decode()
             questions.append(
                 Question(
-                    id=str(sentence["sent_id"]),
+                    id=str(identity),
                     images=(file,),
-                    text=WHERE_IS.format(sentence["sent"]),
+                    text=WHERE_IS.format(said),
                     style="base",
-                    truth={"box": box, "width": size["width"], "height": size["height"]},
-                    shown=write_box(box, size["width"], size["height"]),
-                    group=ref["split"],
-                    upload={"ref_id": ref["ref_id"], "sent_id": sentence["sent_id"]},
+                    truth={"box": box, "width": width, "height": height},
+                    shown=write_box(box, width, height),
+                    group=part,
+                    upload={"ref_id": ref["ref_id"], "sent_id": identity},
                 )
             )
     if not questions:
         raise DataError(f"{paths[0]}: holds training references only")
     return questions
+
+
+def _corners(bbox: list[Any], where: str) -> Box:
+    """x0, y0, x1, y1 of COCO's x, y, width, height.
+
+    Raises:
+        DataError: It is not four numbers.
+    """
+    if len(bbox) != 4 or any(type(side) not in (int, float) for side in bbox):
+        raise DataError(f"{where}: bbox is {bbox!r}, expected x, y, width and height")
+    x, y, width, height = bbox
+    return (x, y, x + width, y + height)
 
 
 def predicted_box(question: Question, answer: str) -> Box | None:
@@ -101,35 +130,41 @@ def _refcoco_score(questions: Sequence[Question], answers: Sequence[str]) -> Sco
 
 
 def _pointing(paths: Sequence[Path], images: Path) -> list[Question]:
-    content = load_json(one_file(paths, "visual7w_pointing"))
-    boxes = {
-        row["box_id"]: (row["x"], row["y"], row["x"] + row["width"], row["y"] + row["height"])
-        for row in field_of(content, "boxes", "Visual7W pointing")
-    }
+    content = load_json(one_file(paths, "visual7w_pointing"), dict)
+    boxes = {}
+    for row in field_of(content, "boxes", "Visual7W pointing", list):
+        where = f"box {field_of(row, 'box_id', 'Visual7W pointing', int)}"
+        sides = [field_of(row, side, where) for side in ("x", "y", "width", "height")]
+        boxes[row["box_id"]] = _corners(sides, where)
     pictures = Pictures(images)
     sizes: dict[Path, tuple[float, float]] = {}
     questions = []
     for picture, pair in visual7w_pairs(content):
-        where = f"question {pair['qa_id']}"
-        file = pictures.find(picture["filename"], where=where)
+        identity = field_of(pair, "qa_id", "Visual7W pointing", int, str)
+        where = f"question {identity}"
+        name = field_of(picture, "filename", where, str)
+        file = pictures.find(name, where=where)
         if file not in sizes:
-            sizes[file] = pictures.size(picture["filename"], where=where)
+            sizes[file] = pictures.size(name, where=where)
         width, height = sizes[file]
-        candidates = [pair["answer"], *pair["multiple_choices"]]
+        right = field_of(pair, "answer", where, int)
+        candidates = [right, *field_of(pair, "multiple_choices", where, list)]
+        if strange := [one for one in candidates if type(one) is not int or one not in boxes]:
+            raise DataError(f"{where}: {strange[0]!r} is the number of no box")
         questions.append(
             Question(
-                id=str(pair["qa_id"]),
+                id=str(identity),
                 images=(file,),
-                text=pointing(pair["question"]),
+                text=pointing(field_of(pair, "question", where, str)),
                 style="base",
                 truth={
                     "candidates": {str(one): boxes[one] for one in sorted(candidates)},
-                    "right": str(pair["answer"]),
+                    "right": str(right),
                     "width": width,
                     "height": height,
                 },
-                shown=write_box(boxes[pair["answer"]], width, height),
-                upload={"qa_id": pair["qa_id"]},
+                shown=write_box(boxes[right], width, height),
+                upload={"qa_id": identity},
             )
         )
     return questions

@@ -5,6 +5,7 @@ post-processing, metric), and the published figures with their source, so that a
 a number without saying how it came about. Two numbers compare only where these lines agree.
 """
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,18 +150,25 @@ def rows_with(key: str) -> Callable[[Sequence[Question], Sequence[str]], list[di
     return upload
 
 
-def load_json(path: Path) -> Any:
+def load_json(path: Path, kind: type | None = None) -> Any:
     """An annotation file.
 
+    Args:
+        path: The file.
+        kind: What its outermost value must be, dict or list; None takes either.
+
     Raises:
-        DataError: It is missing or is not JSON.
+        DataError: It is missing, is not JSON, or is of another kind.
     """
     try:
-        return orjson.loads(path.read_bytes())
+        content = orjson.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path}: no such annotation file") from None
     except (OSError, orjson.JSONDecodeError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, kind or (dict, list)):
+        raise DataError(f"{path}: holds {_named(type(content))}, expected {_named(kind or dict)}")
+    return content
 
 
 def load_json_lines(path: Path) -> list[Any]:
@@ -239,12 +247,54 @@ class Pictures:
         return sides
 
 
-def field_of(record: Any, key: str, where: str) -> Any:
+def field_of(record: Any, key: str, where: str, *kinds: type) -> Any:
     """A field that must be there.
 
+    Args:
+        record: An object of a file.
+        key: The field's name.
+        where: What to name in the message.
+        kinds: What it may be; anything where none is given.
+
     Raises:
-        DataError: The record is no object, or lacks it.
+        DataError: The record is no object, lacks it, or it is of another kind.
     """
     if not isinstance(record, dict) or key not in record:
         raise DataError(f"{where}: no field {key!r}; is this the official file?")
-    return record[key]
+    value = record[key]
+    if kinds and type(value) not in kinds:
+        expected = " or ".join(map(_named, kinds))
+        raise DataError(f"{where}: {key} is {reprlib.repr(value)}, expected {expected}")
+    return value
+
+
+def texts_of(record: Any, key: str, where: str) -> list[str]:
+    """A list of texts that must be there.
+
+    Raises:
+        DataError: It is missing, or holds something else.
+    """
+    texts: list[str] = field_of(record, key, where, list)
+    if other := [text for text in texts if type(text) is not str]:
+        raise DataError(f"{where}: {key} holds {reprlib.repr(other[0])}, expected texts only")
+    return texts
+
+
+def answers_of(record: Any, where: str) -> list[str] | None:
+    """What people answered, in a question's `answers`: texts, or objects with an `answer`.
+
+    Returns:
+        Their answers; None where they are hidden.
+
+    Raises:
+        DataError: They are of another shape.
+    """
+    if not isinstance(record, dict) or not record.get("answers"):
+        return None
+    rows = field_of(record, "answers", where, list)
+    return [row if type(row) is str else field_of(row, "answer", where, str) for row in rows]
+
+
+def _named(kind: type) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+    return names.get(kind, f"a {kind.__name__}")

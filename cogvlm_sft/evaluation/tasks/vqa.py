@@ -26,10 +26,12 @@ from cogvlm_sft.evaluation.tasks.task import (
     Question,
     Scores,
     Task,
+    answers_of,
     field_of,
     load_json,
     one_file,
     rows_with,
+    texts_of,
 )
 
 _PROMPT = "released VQA template: Question: {question} Short answer:"
@@ -42,10 +44,11 @@ def _joined(paths: Sequence[Path], images: Path) -> list[Question]:
     answered: dict[Any, dict[str, Any]] = {}
     subset = ""
     for path in paths:
-        content = load_json(path)
+        content = load_json(path, dict)
         kind = "questions" if "questions" in content else "annotations"
-        for record in field_of(content, kind, str(path)):
-            (asked if kind == "questions" else answered)[record["question_id"]] = record
+        for record in field_of(content, kind, str(path), list):
+            key = field_of(record, "question_id", str(path), int, str)
+            (asked if kind == "questions" else answered)[key] = record
         subset = subset or _subset(content, path)
     if not asked:
         raise DataError(f"{paths[0]}: holds no questions; give the question file as well")
@@ -53,23 +56,22 @@ def _joined(paths: Sequence[Path], images: Path) -> list[Question]:
     questions = []
     for key, record in asked.items():
         where = f"question {key}"
-        number = int(field_of(record, "image_id", where))
+        number = field_of(record, "image_id", where, int)
         answer = answered.get(key)
         if answered and answer is None:
             raise DataError(f"{where}: stands in the question file alone; files of two splits?")
-        humans = [human["answer"] for human in answer["answers"]] or None if answer else None
+        humans = answers_of(answer, where)
+        kind = "question_type" if len(humans or ()) == 1 else "answer_type"
         questions.append(
             Question(
                 id=str(key),
                 images=(pictures.find(f"COCO_{subset}_{number:012d}.jpg", str(number),
                                       where=where),),
-                text=field_of(record, "question", where),
+                text=field_of(record, "question", where, str),
                 style="vqa",
                 truth=humans,
                 shown=_most_common(humans) if humans else "",
-                group=answer.get("question_type" if len(humans or ()) == 1 else "answer_type", "")
-                if answer
-                else "",
+                group=str((answer or {}).get(kind) or ""),
                 upload={"question_id": key},
             )
         )  # fmt: skip
@@ -77,23 +79,25 @@ def _joined(paths: Sequence[Path], images: Path) -> list[Question]:
 
 
 def _subset(content: dict[str, Any], path: Path) -> str:
-    named = content.get("data_subtype")
-    found = re.search(r"(?:train|val|test)20\d\d", path.name)
-    return str(named or (found.group() if found else "val2014"))
+    """The part of COCO that the pictures are of; those of test-dev2015 are called test2015."""
+    named = content.get("data_subtype") or path.name
+    found = re.search(r"(train|val|test)(?:-dev)?(20\d\d)", str(named))
+    return "".join(found.groups()) if found else "val2014"
 
 
 def _textvqa(paths: Sequence[Path], images: Path) -> list[Question]:
     path = one_file(paths, "textvqa")
     pictures = Pictures(images)
     questions = []
-    for record in field_of(load_json(path), "data", str(path)):
-        where = f"question {field_of(record, 'question_id', str(path))}"
-        humans = record.get("answers") or None
+    for record in field_of(load_json(path), "data", str(path), list):
+        where = f"question {field_of(record, 'question_id', str(path), int, str)}"
+        name = f"{field_of(record, 'image_id', where, str)}.jpg"
+        humans = answers_of(record, where)
         questions.append(
             Question(
                 id=str(record["question_id"]),
-                images=(pictures.find(f"{record['image_id']}.jpg", where=where),),
-                text=record["question"],
+                images=(pictures.find(name, where=where),),
+                text=field_of(record, "question", where, str),
                 style="vqa",
                 truth=humans,
                 shown=_most_common(humans) if humans else "",
@@ -107,18 +111,18 @@ def _vizwiz(paths: Sequence[Path], images: Path) -> list[Question]:
     path = one_file(paths, "vizwiz")
     pictures = Pictures(images)
     questions = []
-    for record in load_json(path):
-        name = field_of(record, "image", str(path))
-        humans = [human["answer"] for human in record.get("answers", [])] or None
+    for record in load_json(path, list):
+        name = field_of(record, "image", str(path), str)
+        humans = answers_of(record, name)
         questions.append(
             Question(
                 id=name,
                 images=(pictures.find(name, where=name),),
-                text=record["question"],
+                text=field_of(record, "question", name, str),
                 style="vqa",
                 truth=humans,
                 shown=_most_common(humans) if humans else "",
-                group=record.get("answer_type", ""),
+                group=str(record.get("answer_type") or ""),
                 upload={"image": name},
             )
         )
@@ -130,14 +134,15 @@ def _ocrvqa(paths: Sequence[Path], images: Path) -> list[Question]:
     path = one_file(paths, "ocrvqa")
     pictures = Pictures(images)
     questions = []
-    for key, book in load_json(path).items():
-        if book.get("split") != 3:
+    for key, book in load_json(path, dict).items():
+        if field_of(book, "split", key) != 3:
             continue
-        ending = Path(field_of(book, "imageURL", key)).suffix
+        ending = Path(field_of(book, "imageURL", key, str)).suffix
         file = pictures.find(f"{key}{ending}", f"{key}.jpg", where=key)
-        for index, (asked, answer) in enumerate(
-            zip(book["questions"], book["answers"], strict=True)
-        ):
+        texts, truths = texts_of(book, "questions", key), texts_of(book, "answers", key)
+        if len(texts) != len(truths):
+            raise DataError(f"{key}: {len(texts)} questions and {len(truths)} answers")
+        for index, (asked, answer) in enumerate(zip(texts, truths, strict=True)):
             identity = f"{key}#{index}"
             questions.append(
                 Question(identity, (file,), asked, "vqa", answer, answer,
@@ -152,12 +157,14 @@ def _gqa(paths: Sequence[Path], images: Path) -> list[Question]:
     path = one_file(paths, "gqa")
     pictures = Pictures(images)
     questions = []
-    for key, record in load_json(path).items():
-        name = f"{field_of(record, 'imageId', key)}.jpg"
-        answer = record.get("answer")
+    for key, record in load_json(path, dict).items():
+        name = f"{field_of(record, 'imageId', key, str)}.jpg"
+        asked = field_of(record, "question", key, str)
+        answer = field_of(record, "answer", key, str) if record.get("answer") else None
+        kinds = record.get("types") or {}
         questions.append(
-            Question(key, (pictures.find(name, where=key),), record["question"], "vqa", answer,
-                     answer or "", record.get("types", {}).get("structural", ""),
+            Question(key, (pictures.find(name, where=key),), asked, "vqa", answer, answer or "",
+                     str(field_of(kinds, "structural", key) or "") if kinds else "",
                      {"questionId": key})
         )  # fmt: skip
     return questions
