@@ -199,7 +199,7 @@ def _pictures(manifest: dict[str, Any], facts: dict[int, ImageFacts]) -> dict[st
     height = np.array([fact.height for fact in usable])
     counted = manifest["pictures"]
     return {
-        "note": f"{counted['checked']:,} pictures were decoded to the last pixel, "
+        "note": f"{counted['checked']:,} pictures were decoded to the last byte, "
         f"{len(usable):,} of them are usable.",
         "sides": histogram("Longer side, pixels", np.maximum(width, height), _SIDES),
         **size_grid(width, height),

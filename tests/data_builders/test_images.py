@@ -172,6 +172,53 @@ def test_truncated_files_are_refused(ending, left, tmp_path):
     )  # fmt: skip
 
 
+JPEGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "baseline": ("RGB", {}), "progressive": ("RGB", {"progressive": True}),
+    "full colour": ("RGB", {"subsampling": 0}), "restarts": ("RGB", {"restart_marker_rows": 1}),
+    "grey": ("L", {"optimize": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode, keys", JPEGS.values(), ids=JPEGS)
+def test_a_jpeg_at_a_fraction_of_its_scale_is_refused_as_at_full_scale(mode, keys, tmp_path):
+    """Cut at many places and overwritten at others, plain decoding and the check agree."""
+    path = tmp_path / "a.jpg"
+    photo(mode, (280, 200)).save(path, **keys)
+    whole = path.read_bytes()
+    facts = check_image(path, ImageLimits(), hashed=True)
+    assert (facts.reason, facts.width, facts.height) == (None, 280, 200)
+    generator = np.random.default_rng(0)
+    broken = [whole[:end] for end in range(0, len(whole), 1 + len(whole) // 60)]
+    for place in generator.integers(20, len(whole), 60).tolist():
+        broken.append(whole[:place] + generator.bytes(2) + whole[place + 2 :])
+    for content in broken:
+        path.write_bytes(content)
+        try:
+            with Image.open(path) as image:
+                size = image.size
+                image.load()
+            refused = min(size) < 28 or max(size) > 200 * min(size)
+        except Exception:
+            refused = True
+        assert (check_image(path, ImageLimits()).reason is not None) == refused
+
+
+def test_hashes_of_a_jpeg_and_its_lossless_copy_are_near(tmp_path):
+    """The one is decoded at an eighth or a quarter of its scale, the other in full."""
+    generator = np.random.default_rng(0)
+    for number in range(8):
+        coarse = Image.fromarray(generator.integers(0, 255, (9, 12, 3), dtype=np.uint8))
+        whole = coarse.resize((640, 480), Image.Resampling.BICUBIC)
+        whole.save(tmp_path / "a.jpg", quality=90)
+        whole.save(tmp_path / "a.png")
+        first, second = (
+            check_image(tmp_path / name, ImageLimits(), hashed=True).phash
+            for name in ("a.jpg", "a.png")
+        )
+        assert first is not None and second is not None
+        assert (first ^ second).bit_count() <= 2, number
+
+
 def test_what_is_refused(tmp_path):
     photo().resize((6001, 30)).save(tmp_path / "long.png")
     photo().resize((27, 300)).save(tmp_path / "small.png")
