@@ -1,8 +1,8 @@
 """The build recipe: a typed YAML file that says which sources are merged and how.
 
-An unknown key is an error that names the nearest known one; `key.sub=value` overrides reach every
-value, sources by name or number. Each source adds options of its own (columns, question files),
-checked against the model that the source declares. Paths are relative to the working directory.
+It is found, read and overridden as training recipes are (`cogvlm_sft.recipe`), and mistakes are
+told in the same words. Each source adds options of its own (columns, question files), checked
+against the model that the source declares. Paths are relative to the working directory.
 """
 
 import difflib
@@ -12,10 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from cogvlm_sft.errors import RecipeError
+from cogvlm_sft.recipe.files import apply_override, find_recipe, read_yaml
+from cogvlm_sft.recipe.mistakes import explain
 
 
 class Strict(BaseModel):
@@ -145,53 +154,36 @@ def source_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def find_recipe(name: str | Path) -> Path:
-    """A recipe file by path, or a packaged data recipe by name.
-
-    Raises:
-        RecipeError: There is none.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    home = Path(__file__).resolve().parents[1]
-    folders = (home / "recipes" / "data", home / "cogvlm_sft" / "_recipes" / "data")
-    for folder in folders:
-        packaged = folder / f"{path.name.removesuffix('.yaml')}.yaml"
-        if len(path.parts) == 1 and packaged.is_file():
-            return packaged
-    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-    raise RecipeError(f"{name}: no such build recipe; packaged ones are {', '.join(known)}")
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> BuildRecipe:
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> BuildRecipe:
     """Reads a build recipe.
 
     Args:
-        path: File, or name of a packaged recipe.
+        path_or_name: File, or name of a packaged recipe, such as `chat_500k`.
         overrides: `key.sub=value` strings; values are YAML.
 
     Raises:
         RecipeError: Missing file, broken YAML, unknown key, wrong type or value.
     """
-    file = find_recipe(path)
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise RecipeError(f"{file}: expected keys such as `sources` and `out`, found {content!r}")
+    path = find_recipe(path_or_name, "data")
+    content = read_yaml(path)
+    if "train" in content:
+        raise RecipeError(
+            f"{path}: describes a training run; `cogvlm-sft train {path_or_name}` starts it, and a "
+            "build recipe has `sources`"
+        )
     for override in overrides:
-        _override(content, override)
-    return parse_recipe(content, str(file))
+        apply_override(content, override)
+    return parse_recipe(content, str(path), overrides)
 
 
-def parse_recipe(content: dict[str, Any], where: str) -> BuildRecipe:
+def parse_recipe(
+    content: dict[str, Any], where: str, overridden: Sequence[str] = ()
+) -> BuildRecipe:
     """Validates a recipe's content; see `load_recipe`."""
     try:
         recipe = BuildRecipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_explain(error, BuildRecipe)}") from None
+        raise RecipeError(explain(error, BuildRecipe, where, overridden)) from None
     used: set[str] = set()
     for entry in recipe.sources:
         if entry.source not in source_names():
@@ -220,64 +212,12 @@ def options(entry: SourceEntry, where: str = "recipe") -> Any:
     try:
         return model.model_validate(entry.model_extra or {})
     except ValidationError as error:
-        known = [*SourceEntry.model_fields, *model.model_fields]
-        text = _explain(error, model, known)
-        raise RecipeError(f"{where}: source {entry.name or entry.source}: {text}") from None
+        keys = create_model("Entry", __base__=(model, SourceEntry))
+        place = f"{where}: source {entry.name or entry.source}"
+        raise RecipeError(explain(error, keys, place, ())) from None
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """`; did you mean X?`, or the list of what is known."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"{override!r}: an override reads key.sub=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"{override!r}: the value is not valid YAML") from None
-    *path, last = key.split(".")
-    spot: Any = content
-    for part in path:
-        if isinstance(spot, list):
-            spot = _listed_source(spot, part, override)
-        else:
-            if not isinstance(spot.get(part), dict | list):
-                spot[part] = {}
-            spot = spot[part]
-        if not isinstance(spot, dict | list):
-            raise RecipeError(f"{override!r}: {part!r} is {spot!r}, which holds no keys")
-    if isinstance(spot, list):
-        if not last.isdigit() or int(last) >= len(spot):
-            raise RecipeError(f"{override!r}: the list has {len(spot)} entries, counted from 0")
-        spot[int(last)] = value
-    else:
-        spot[last] = value
-
-
-def _listed_source(entries: list[Any], part: str, override: str) -> Any:
-    if part.isdigit() and int(part) < len(entries):
-        return entries[int(part)]
-    for entry in entries:
-        if isinstance(entry, dict) and part in (entry.get("name"), entry.get("source")):
-            return entry
-    names = [e.get("name") or e.get("source") for e in entries if isinstance(e, dict)]
-    raise RecipeError(f"{override!r}: no source {part!r}; the recipe has {names}")
-
-
-def _explain(error: ValidationError, model: type[BaseModel], known: Sequence[str] = ()) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        inner: Any = model
-        for part in first["loc"][:-1]:
-            field = inner.model_fields.get(part) if hasattr(inner, "model_fields") else None
-            inner = field.annotation if field else inner
-        names = list(known) or list(inner.model_fields)
-        return f"unknown key {place!r}{nearest(str(first['loc'][-1]), names)}"
-    if first["type"] == "missing":
-        return f"{place} is missing"
-    return f"{place}: {first['msg']}, found {first['input']!r}"

@@ -69,9 +69,16 @@ def _recipe_copy(arguments: argparse.Namespace) -> int:
 
 
 def _recipe_check(arguments: argparse.Namespace) -> int:
-    from cogvlm_sft.recipe import load_recipe
+    from cogvlm_sft.recipe.files import find_recipe, is_build, read_yaml
 
-    load_recipe(arguments.recipe, arguments.overrides)
+    if is_build(read_yaml(find_recipe(arguments.recipe))):
+        from data_builders.recipe import load_recipe as load_build
+
+        load_build(arguments.recipe, arguments.overrides)
+    else:
+        from cogvlm_sft.recipe import load_recipe
+
+        load_recipe(arguments.recipe, arguments.overrides)
     print(f"{arguments.recipe}: every key is known and every value fits")
     return 0
 

@@ -1,11 +1,13 @@
 """Recipe files: where they are found, how their YAML is read, and `key.sub=value` overrides.
 
+Those of training runs and those of data builds are read alike; a build's have `sources`.
 YAML is read by its 1.2 rules where 1.1 surprises (`1e-5` is a number, `no` is a string), and a key
 may stand only once; PyYAML has no loader for that, so SafeLoader is narrowed here.
 """
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +61,37 @@ def copy_recipe(path_or_name: str | Path, destination: str | Path) -> Path:
     return target
 
 
-def find_recipe(path_or_name: str | Path) -> Path:
-    """The file of a recipe given as path or packaged name; a file at hand comes first."""
+def find_recipe(path_or_name: str | Path, folder: str = "") -> Path:
+    """The file of a recipe given as path or packaged name; a file at hand comes first.
+
+    Args:
+        path_or_name: what a user gives.
+        folder: of packaged recipes whose names may leave it out, such as `data`.
+
+    Raises:
+        RecipeError: there is none; the nearest name is told.
+    """
     path = Path(path_or_name)
     if path.is_file():
         return path
-    known = packaged_recipes()
+    packaged = packaged_recipes()
+    prefix = f"{folder}/" if folder else ""
+    known = {n.removeprefix(prefix): p for n, p in packaged.items() if n.startswith(prefix)}
     name = str(path_or_name).removesuffix(".yaml")
-    if name in known:
-        return known[name]
+    found = known.get(name) or packaged.get(name)
+    if found is not None:
+        return found
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise RecipeError(
         f"no recipe {str(path_or_name)!r}: not a file, and not one of the packaged recipes "
         f"({', '.join(known) or 'none found'}){hint}"
     )
+
+
+def is_build(tree: Mapping[str, Any]) -> bool:
+    """Whether the content of a recipe is that of a data build, not of a training run."""
+    return "sources" in tree and "train" not in tree
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -83,7 +101,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, found {describe(tree)}")
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, found {describe(tree)}")
     return tree
 
 
@@ -136,7 +154,10 @@ _StrictLoader.add_implicit_resolver(
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `key.sub=value` in the raw tree; unknown keys are found by the validation after."""
+    """Set one `key.sub=value` in the raw tree; unknown keys are found by the validation after.
+
+    Items of a list are addressed by number, or by the `name` or `source` that they have.
+    """
     dotted, separator, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not separator or not all(keys):
@@ -166,8 +187,12 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _list_index(items: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(items):
-        raise RecipeError(
-            f"override {override!r}: {key!r} is not one of the list's items 0 to {len(items) - 1}"
-        )
-    return int(key)
+    if key.isdigit() and int(key) < len(items):
+        return int(key)
+    mappings = [item if isinstance(item, dict) else {} for item in items]
+    names = [item.get("name") or item.get("source") for item in mappings]
+    if names.count(key) == 1:
+        return names.index(key)
+    known = f"one of the list's items 0 to {len(items) - 1}" if items else "in the empty list"
+    named = "".join(f", {name}" for name in names if name)
+    raise RecipeError(f"override {override!r}: {key!r} is not {known}{named}")

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cogvlm_sft.errors import RecipeError
-from cogvlm_sft.recipe.files import apply_override, find_recipe, read_yaml
+from cogvlm_sft.recipe.files import apply_override, find_recipe, is_build, read_yaml
 from cogvlm_sft.recipe.mistakes import explain
 from cogvlm_sft.recipe.rules import check_together
 from cogvlm_sft.recipe.sections import Recipe
@@ -19,7 +19,7 @@ def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Reci
     Args:
         path_or_name: a YAML file, or the name of a packaged recipe such as `chat`.
         overrides: `key.sub=value` strings; the value is a YAML scalar, list or mapping. Items of
-            a list are addressed by number (`data.train.0.weight=2`).
+            a list are addressed by number or name (`data.train.0.weight=2`).
 
     Raises:
         RecipeError: the file is missing or not YAML, a key is unknown, a value has the wrong
@@ -27,6 +27,11 @@ def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Reci
     """
     path = find_recipe(path_or_name)
     tree = read_yaml(path)
+    if is_build(tree):
+        raise RecipeError(
+            f"{path}: describes a data build; `cogvlm-sft data build {path_or_name}` makes it, and "
+            "a training recipe names the build under data.train"
+        )
     for override in overrides:
         apply_override(tree, override)
     return recipe_from_dict(tree, source=str(path), overridden=list(overrides))

@@ -22,7 +22,7 @@ def explain(
     lines = []
     for item in error.errors():
         location = tuple(item["loc"])
-        dotted = ".".join(str(part) for part in location)
+        dotted = ".".join(str(part) for part in location if part != "[key]")
         where = next(
             (f"override {text!r}" for text in overridden if _same_key(text, dotted)), source
         )
@@ -30,6 +30,8 @@ def explain(
             lines.append(f"{where}: unknown key {dotted!r}; {_nearest(location, schema)}")
         elif item["type"] == "missing":
             lines.append(f"{where}: key {dotted!r} is missing and has no default")
+        elif item["type"] == "value_error":
+            lines.append(f"{where}: {dotted}: {item['ctx']['error']}")
         else:
             found = describe(item["input"])
             lines.append(f"{where}: {dotted} is {found}; expected {_wanted(item)}")

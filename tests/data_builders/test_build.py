@@ -15,6 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import cogvlm_sft
 from cogvlm_sft.conversation import read_conversations
 from cogvlm_sft.errors import DataError, RecipeError
 from data_builders import annotations, pipeline, record_shards
@@ -414,17 +415,18 @@ def test_a_foreign_folder_is_never_replaced(recipe, tmp_path):
 @pytest.mark.parametrize(
     "overrides, complaint",
     [
-        (["sed=4"], "unknown key 'sed'; did you mean 'seed'"),
+        (["sed=4"], "override 'sed=4': unknown key 'sed'; did you mean 'seed'"),
         (["sources.0.anotations=x"], "unknown key 'anotations'; did you mean 'annotations'"),
-        (["images.chek=false"], "unknown key 'images.chek'; did you mean 'check'"),
+        (["images.chek=false"], "unknown key 'images.chek'; did you mean 'images.check'"),
         (["sources.0.source=llava_instuct"], "did you mean 'llava_instruct'"),
-        (["seed=many"], "seed: .* found 'many'"),
-        (["sources.nothing.max=3"], "no source 'nothing'"),
+        (["seed=many"], r"seed is 'many' \(a string\); expected integer"),
+        (["seed=many", "sources.0.max=0"], r"(?s)sources\.0\.max is 0 .*seed is 'many'"),  # both
+        (["sources.nothing.max=3"], "'nothing' is not one of the list's items 0 to 1, llava_inst"),
         (["sources.1.name=llava_instruct"], "two sources are called 'llava_instruct'"),
-        (["seed"], "an override reads key.sub=value"),
-        (["sources.0.annotations.0.x=1"], r"'0' is '.*', which holds no keys"),
+        (["seed"], "not of the form key.sub=value"),
+        (["sources.0.annotations.0.x=1"], r"annotations\.0 is '.* \(a string\), not a section"),
         (["sources.0.clean=false"], "unknown key 'clean'"),
-        (["sources.0.style=text"], "style: Input should be 'chat', 'vqa' or 'base', found 'text'"),
+        (["sources.0.style=text"], "style is 'text' .* expected 'chat', 'vqa' or 'base'"),
         (["images.check=false", "deduplicate.near=3"], "needs images.check: true"),
         (
             ["commercial=true", "sources.1.source=llavar"],
@@ -438,6 +440,25 @@ def test_recipe_mistakes(overrides, complaint, recipe, tmp_path):
     assert not (tmp_path / "build").exists()
 
 
+def test_recipes_of_builds_and_of_runs_are_told_apart(tmp_path, capsys):
+    from cogvlm_sft.cli import main
+
+    same = [load_recipe(name) for name in ("chat_500k", "data/chat_500k", "chat_500k.yaml")]
+    assert same[0] == same[1] == same[2]
+    assert load_recipe("demo/data").sources  # a packaged build outside of that folder
+    with pytest.raises(RecipeError, match="training run; `cogvlm-sft train chat` starts it"):
+        load_recipe("chat")
+    with pytest.raises(RecipeError, match="`cogvlm-sft data build data/vqa` makes it"):
+        cogvlm_sft.load_recipe("data/vqa")
+    assert main(["recipe", "check", "data/chat_500k", "sources.llavar.max=5"]) == 0
+    assert main(["recipe", "check", "data/chat_500k", "sources.llavar.mx=5"]) == 2
+    assert "unknown key 'mx'; did you mean 'max'" in capsys.readouterr().err
+    path = tmp_path / "twice.yaml"
+    path.write_text("out: a\nseed: 1\nseed: 2\nsources: [{source: okvqa}]\n")
+    with pytest.raises(RecipeError, match="key 'seed' stands twice"):
+        load_recipe(path)
+
+
 def test_data_mistakes(recipe, tmp_path, root):
     with pytest.raises(DataError, match=r"annotation file .*gone\.json is missing"):
         build(recipe, [f"sources.0.annotations=[{tmp_path}/gone.json]"])
@@ -447,7 +468,7 @@ def test_data_mistakes(recipe, tmp_path, root):
         build(recipe, [f"sources.0.images=[{tmp_path}]"])
     with pytest.raises(DataError, match=r"no conversation is left of 500 .*image_missing"):
         build(recipe, [f"sources.0.images=[{root}/vg]", f"sources.1.images=[{root}/coco]"])
-    with pytest.raises(RecipeError, match=r"packaged ones are .*chat_500k"):
+    with pytest.raises(RecipeError, match=r"no recipe .*did you mean 'chat_500k'"):
         build("chat_600k")
 
 
