@@ -19,7 +19,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 from cogvlm_sft.chat.limits import check_question, read_upload
 from cogvlm_sft.checkpoint.load import load_processor
 from cogvlm_sft.errors import DataError
-from cogvlm_sft.evaluation.generate import evaluation_mode
+from cogvlm_sft.evaluation.generate import end_tokens, evaluation_mode
 from cogvlm_sft.evaluation.loading import open_model
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.model.token_layout import build_position_ids
@@ -110,7 +110,7 @@ class Chat:
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([stop]),
                         pad_token_id=self.processor.tokenizer.pad_token_id,
-                        eos_token_id=self.processor.tokenizer.eos_token_id,
+                        eos_token_id=end_tokens(self.model, self.processor),
                     )
             except BaseException as error:  # handed over to the thread that reads
                 failed.append(error)

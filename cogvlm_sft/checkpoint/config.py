@@ -37,11 +37,7 @@ def make_config(fields: Mapping[str, Any], where: str = "model.config") -> CogVL
         raise CheckpointError(f"{where}.vision_config is {vision!r}, expected a mapping")
     _refuse_unknown(fields, where)
     _refuse_unknown(vision, f"{where}.vision_config", CogVLMVisionConfig())
-    if fields.get("tie_word_embeddings"):
-        raise CheckpointError(
-            f"{where}.tie_word_embeddings is true; the released layout has an output head of its "
-            "own, so leave it out"
-        )
+    _refuse_tied(fields, where)
     try:
         return CogVLMConfig(**fields)
     except (TypeError, ValueError) as error:
@@ -68,7 +64,7 @@ def load_config(folder: str | Path) -> CogVLMConfig:
         raise CheckpointError(f"{path} holds no config.json, so it is not a checkpoint folder")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("vision_config"), dict):
         raise CheckpointError(
@@ -82,10 +78,22 @@ def load_config(folder: str | Path) -> CogVLMConfig:
         f"{file}: vision_config",
         CogVLMVisionConfig(),
     )
+    _refuse_tied(raw, str(file))
     try:
         return CogVLMConfig.from_pretrained(path, local_files_only=True)
-    except (TypeError, ValueError) as error:
+    except CheckpointError as error:  # which says "config", not of which file
         raise CheckpointError(f"{file}: {error}") from None
+    except (AttributeError, TypeError, ValueError) as error:  # the first: a dtype torch lacks
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def _refuse_tied(fields: Mapping[str, Any], where: str) -> None:
+    """Other readers of the checkpoint would take the embedding for the head that lies beside it."""
+    if fields.get("tie_word_embeddings"):
+        raise CheckpointError(
+            f"{where}: tie_word_embeddings is true; the released layout has an output head of its "
+            "own, so leave it out"
+        )
 
 
 def _refuse_unknown(

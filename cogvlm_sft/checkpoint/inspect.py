@@ -9,16 +9,25 @@ maps the file.
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cogvlm_sft.checkpoint.layout import entries
+from cogvlm_sft.checkpoint.weight_index import WEIGHT_DTYPES, shard_names
 from cogvlm_sft.errors import CheckpointError
 
 _GROUPS = ("language", "visual_expert", "adapter", "vision_tower", "embeddings")
 _COMPUTED = "rotary_emb.inv_freq"
+# Sizes that the layout is computed from.
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size",
+)  # fmt: skip
+_VISION_SIZES = (
+    "hidden_size", "image_size", "intermediate_size", "num_heads", "num_hidden_layers",
+    "num_positions", "patch_size",
+)  # fmt: skip
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
 Headers = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -95,7 +104,7 @@ def read_header(file: Path) -> Headers:
         header.pop("__metadata__", None)
         end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
         found = {name: (e["dtype"], tuple(e["shape"])) for name, e in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{file}: not a safetensors file, or cut in its header") from None
     if (size := file.stat().st_size) != end:
         raise CheckpointError(
@@ -105,24 +114,17 @@ def read_header(file: Path) -> Headers:
 
 
 def _inspect_folder(folder: Path) -> Inspection:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        vision = config["vision_config"]
-        wanted = {entry.name: entry for entry in entries(config)}
-        patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: cannot be read: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: {error} is missing, so this is not a CogVLM "
-            f"(architectures: {config.get('architectures')})"
-        ) from None
+    config = _read_config(folder / "config.json")
+    vision = config["vision_config"]
+    wanted = {entry.name: entry for entry in entries(config)}
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
     second = config.get("num_multi_query_heads") is not None
     has_processor = (folder / "processor_config.json").is_file()
     problems: list[str] = []
     found, size = _read_weights(folder, problems)
     names = {name for name in found if not name.endswith(_COMPUTED)}
     _compare(names, found, wanted, problems, whole=not problems)
+    problems = [*_contradictions(config), *problems]
     tokenizer = [
         name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()
     ]
@@ -150,16 +152,66 @@ def _inspect_folder(folder: Path) -> Inspection:
     )
 
 
+def _read_config(file: Path) -> dict[str, Any]:
+    """config.json, with every size that the layout is computed from.
+
+    Raises:
+        CheckpointError: it is not a CogVLM's.
+    """
+    try:
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+    vision = config.get("vision_config") if isinstance(config, dict) else None
+    if not isinstance(vision, dict):
+        found = config.get("architectures") if isinstance(config, dict) else None
+        raise CheckpointError(
+            f"{file}: no vision_config in it, so this is not a CogVLM (architectures: {found})"
+        )
+    for fields, names, where in (
+        (config, _SIZES, ""),
+        (vision, _VISION_SIZES, "vision_config."),
+        (
+            config,
+            ("num_multi_query_heads",) * (config.get("num_multi_query_heads") is not None),
+            "",
+        ),
+    ):
+        for name in names:
+            value = fields.get(name)
+            if type(value) is not int or value < 1:
+                raise CheckpointError(
+                    f"{file}: {where}{name} is {value!r}, expected a whole number from 1"
+                )
+    return config
+
+
+def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
+    """What loading would refuse though every tensor has the shape that config.json says."""
+    vision = config["vision_config"]
+    grid, rest = divmod(vision["image_size"], vision["patch_size"])
+    if rest or vision["num_positions"] != grid**2 + 1:
+        yield (
+            f"config.json: {vision['num_positions']} positions do not fit pictures of "
+            f"{vision['image_size']} px in patches of {vision['patch_size']} px"
+        )
+    if config["hidden_size"] % config["num_attention_heads"]:
+        yield "config.json: hidden_size is not a multiple of num_attention_heads"
+    if vision["hidden_size"] % vision["num_heads"]:
+        yield "config.json: hidden_size of vision_config is not a multiple of its num_heads"
+    if config.get("tie_word_embeddings"):
+        yield "config.json: tie_word_embeddings is true, and the layout has a head of its own"
+
+
 def _read_weights(folder: Path, problems: list[str]) -> tuple[Headers, int]:
     """All headers, and the bytes of all files; what cannot be read goes to `problems`."""
     index = folder / "model.safetensors.index.json"
     files = [folder / "model.safetensors"]
     if not files[0].is_file() and index.is_file():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / name for name in sorted(set(weight_map.values()))]
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError):
-            problems.append(f"{index.name} is not an index of weights")
+            files = [folder / name for name in shard_names(index)]
+        except CheckpointError as error:
+            problems.append(str(error))
             files = []
     found: Headers = {}
     size = 0
@@ -169,9 +221,13 @@ def _read_weights(folder: Path, problems: list[str]) -> tuple[Headers, int]:
             continue
         size += file.stat().st_size
         try:
-            found |= read_header(file)
+            header = read_header(file)
         except CheckpointError as error:
             problems.append(str(error))
+            continue
+        if twice := sorted(found.keys() & header.keys()):
+            problems.append(f"{twice[0]} stands in {file.name} and in another file")
+        found |= header
     return found, size
 
 
@@ -189,6 +245,10 @@ def _compare(
     if unknown := sorted(names - wanted.keys()):
         problems.append(f"{len(unknown)} unknown tensors, first {unknown[0]}")
     for name in sorted(names & wanted.keys()):
+        if found[name][0] not in WEIGHT_DTYPES:
+            problems.append(
+                f"{name} is of dtype {found[name][0]}, expected {' or '.join(WEIGHT_DTYPES)}"
+            )
         if found[name][1] != wanted[name].shape:
             problems.append(
                 f"{name} has shape {found[name][1]}, {wanted[name].shape} by config.json"

@@ -35,6 +35,7 @@ from cogvlm_sft.checkpoint.processor import (
 from cogvlm_sft.checkpoint.quantized import nf4_config, settle_quantized
 from cogvlm_sft.checkpoint.sharded import is_sharded, load_sharded_weights
 from cogvlm_sft.checkpoint.staging import staged
+from cogvlm_sft.checkpoint.weight_index import WEIGHT_DTYPES, shard_names
 from cogvlm_sft.checkpoint.weights import (
     INDEX,
     Header,
@@ -140,8 +141,14 @@ def _load_plain(
         if model.device.type == "meta":
             model.to_empty(device=device)
         fill(model, stored)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(
+                folder, local_files_only=True
+            )
+        except (OSError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}") from None
     return model.eval()
 
 
@@ -238,11 +245,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     index = folder / INDEX
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not an index of weights: {error!r}") from None
+        names = shard_names(index)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(
@@ -319,6 +322,12 @@ def _check_tensors(folder: Path, config: CogVLMConfig) -> dict[str, Header]:
         {name: header.file for name, header in headers.items()},
         optional=OPTIONAL_SUFFIX,
     )
+    for name, header in headers.items():
+        if header.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{header.file}: {name} is of dtype {header.dtype}, expected "
+                f"{' or '.join(WEIGHT_DTYPES)}"
+            )
     return headers
 
 

@@ -3,7 +3,9 @@
 Notable choices: requests are sorted by prompt length before they are cut into batches, so that
 little padding is computed, and those about one picture stand together: the picture is computed once
 for all of them in a batch, and its keys and values are handed to each. An answer ends at EOS and
-its text is stripped. Neither padding nor sharing changes greedy answers.
+its text is stripped. Neither padding nor sharing changes greedy answers, and what a checkpoint's
+generation_config.json asks for (a penalty, a least length) is not applied: a figure is comparable
+only where the decoding is the one that it states.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from cogvlm_sft.data.pictures import read_picture
 from cogvlm_sft.errors import DataError
@@ -81,7 +84,8 @@ def generate_answers(
     order = _in_batches(prompts, [_leading_picture(request) for request in requests])
     sampling = {"temperature": temperature, "top_p": top_p} if do_sample else {}
     answers = [""] * len(requests)
-    with evaluation_mode(model), torch.inference_mode():
+    ends = end_tokens(model, processor)
+    with evaluation_mode(model), _stated_decoding(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [prompts[i] for i in chosen], [requests[i] for i in chosen]
@@ -94,7 +98,7 @@ def generate_answers(
                 num_beams=num_beams,
                 do_sample=do_sample,
                 pad_token_id=processor.tokenizer.pad_token_id,
-                eos_token_id=processor.tokenizer.eos_token_id,
+                eos_token_id=ends,
                 **sampling,
             )
             fresh = output[:, inputs["input_ids"].shape[1] :]
@@ -104,6 +108,27 @@ def generate_answers(
             if on_batch is not None:
                 on_batch(len(chosen))
     return answers
+
+
+def end_tokens(model: CogVLMForCausalLM, processor: CogVLMProcessor) -> list[int]:
+    """Ids that end an answer: the tokenizer's EOS, and those the checkpoint names.
+
+    CogVLM2's checkpoint names two, of which Llama-3's tokenizer knows one as its EOS.
+    """
+    named = model.generation_config.eos_token_id
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    return sorted({processor.tokenizer.eos_token_id, *ids})
+
+
+@contextmanager
+def _stated_decoding(model: CogVLMForCausalLM) -> Iterator[None]:
+    """Inside, `generate` does what its arguments say and nothing besides."""
+    kept = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 @contextmanager

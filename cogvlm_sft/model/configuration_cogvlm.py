@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from cogvlm_sft.errors import CheckpointError
@@ -23,6 +24,32 @@ _VISION_KEYS = (
     "dropout_prob", "hidden_act", "hidden_size", "image_size", "in_channels", "intermediate_size",
     "layer_norm_eps", "num_heads", "num_hidden_layers", "num_positions", "patch_size",
 )  # fmt: skip
+
+
+_COUNTS = (
+    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
+    "num_hidden_layers", "vocab_size",
+)  # fmt: skip
+_VISION_COUNTS = (
+    "hidden_size", "image_size", "in_channels", "intermediate_size", "num_heads",
+    "num_hidden_layers", "num_positions", "patch_size",
+)  # fmt: skip
+
+
+def _check_values(config: Any, where: str, counts: tuple[str, ...], positive: str) -> None:
+    """Whole numbers from 1, a number above 0, and an activation that transformers has."""
+    for name in counts:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{where}: {name} is {value!r}, expected a whole number from 1")
+    value = getattr(config, positive)
+    if type(value) not in (int, float) or not value > 0:
+        raise CheckpointError(f"{where}: {positive} is {value!r}, expected a number above 0")
+    if config.hidden_act not in ACT2FN:
+        raise CheckpointError(
+            f"{where}: hidden_act is {config.hidden_act!r}, which transformers does not have; "
+            "released files say silu, and gelu of the tower"
+        )
 
 
 class CogVLMVisionConfig(PreTrainedConfig):
@@ -54,6 +81,7 @@ class CogVLMVisionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        _check_values(self, "vision_config", _VISION_COUNTS, "layer_norm_eps")
         if self.hidden_size % self.num_heads:
             raise CheckpointError(
                 f"vision_config: hidden_size {self.hidden_size} is not a multiple of num_heads "
@@ -159,6 +187,16 @@ class CogVLMConfig(PreTrainedConfig):
         self._check_sizes(derived)
 
     def _check_sizes(self, derived: dict[str, Any]) -> None:
+        _check_values(self, "config", _COUNTS, "rms_norm_eps")
+        if self.is_cogvlm2:
+            _check_values(self, "config", ("num_multi_query_heads",), "rms_norm_eps")
+        if self.rope_theta is not None:
+            _check_values(self, "config", (), "rope_theta")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise CheckpointError(
+                f"config: pad_token_id is {self.pad_token_id}, expected 0 to {self.vocab_size - 1} "
+                "(vocab_size - 1)"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
                 f"config: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "

@@ -103,6 +103,44 @@ def test_each_kind(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         inspect_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"hidden_size": "64"}, "hidden_size is '64', expected a whole number from 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"vision_config": []}, "no vision_config in it, so this is not a CogVLM"),
+    ],
+)
+def test_sizes_that_are_none(checkpoint: Path, tmp_path: Path, change: dict, said: str) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=said):
+        inspect_checkpoint(tmp_path)
+
+
+def test_what_loading_would_refuse(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["vision_config"] |= {"num_heads": 5, "image_size": 57}
+    config["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    for name in ("a.safetensors", "b.safetensors"):
+        (tmp_path / name).write_bytes(weights)
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    problems = " / ".join(inspect_checkpoint(tmp_path).problems)
+    for words in (
+        "17 positions do not fit pictures of 57 px",
+        "not a multiple of its num_heads",
+        "tie_word_embeddings is true",
+        "stands in b.safetensors and in another file",
+    ):
+        assert words in problems
+    index = {"weight_map": {"x": "../a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names '../a.safetensors'" in " / ".join(inspect_checkpoint(tmp_path).problems)
+
+
 def test_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = sparse_released(tmp_path / "cogvlm")
     third = folder / "model-00003-of-00008.safetensors"

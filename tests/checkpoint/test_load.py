@@ -22,6 +22,7 @@ from cogvlm_sft.checkpoint.load import (
     make_config,
 )
 from cogvlm_sft.checkpoint.positions import POSITION_EMBEDDING, interpolate_positions
+from cogvlm_sft.checkpoint.weights import INDEX
 from cogvlm_sft.errors import CheckpointError
 from tests.checkpoint.conftest import GOLDEN, VISION, assert_same, tensors_of
 
@@ -110,6 +111,22 @@ def reshape(folder: Path) -> None:
     save_file(tensors, second_shard(folder))
 
 
+def whole_numbers(folder: Path) -> None:
+    tensors = load_file(second_shard(folder))
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name].long()}, second_shard(folder))
+
+
+def move_out(folder: Path) -> None:
+    """An index that names a file of somebody else's folder."""
+    second_shard(folder).replace(folder.parent / second_shard(folder).name)
+    index = json.loads((folder / INDEX).read_text())
+    for name, file in index["weight_map"].items():
+        if file == second_shard(folder).name:
+            index["weight_map"][name] = f"../{file}"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
 def edit(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -132,9 +149,22 @@ def edit(**changes: Any) -> Callable[[Path], None]:
         (edit(hidden_size="wide"), ["config.json", "hidden_size"]),
         (edit(num_hidden_layers=3), ["missing (model.layers.2.input_layernorm.weight"]),
         (edit(num_hidden_layers=1), ["unexpected", "model.layers.1.input_layernorm.weight"]),
+        (edit(num_attention_heads=0), ["config.json", "num_attention_heads is 0, expected"]),
+        (edit(hidden_act="sillu"), ["config.json", "hidden_act is 'sillu'"]),
+        (edit(rope_theta="big"), ["config.json", "rope_theta is 'big', expected a number above 0"]),
+        (edit(pad_token_id=320), ["config.json", "pad_token_id is 320, expected 0 to 319"]),
+        (edit(torch_dtype="float99"), ["config.json", "float99"]),
+        (edit(tie_word_embeddings=True), ["config.json: tie_word_embeddings is true"]),
+        (lambda f: (f / "generation_config.json").write_text("[]"), ["generation_config.json"]),
+        (whole_numbers, ["model-00002-of-00003", "is of dtype I64, expected F64 or F32"]),
+        (move_out, ["index.json: names '../model-00002-of-00003.safetensors', expected plain"]),
+        (lambda f: (f / INDEX).write_text("[]"), ["index.json: not an index of weights"]),
+        (lambda f: (f / INDEX).write_bytes(b"\xff"), ["index.json: not an index of weights"]),
     ],
     ids=["missing shard", "truncated shard", "wrong shape", "unknown field", "unknown vision field",
-         "vocabulary", "type", "layer missing", "layer too many"],
+         "vocabulary", "type", "layer missing", "layer too many", "no heads", "activation", "rope",
+         "pad", "torch dtype", "tied", "generation config", "weights of another kind",
+         "index leaves the folder", "index of another shape", "index of other bytes"],
 )  # fmt: skip
 def test_mistakes_name_file_and_key(
     broken: Callable[..., Path], change: Callable[[Path], Any], named: list[str]
@@ -153,7 +183,7 @@ def test_a_tokenizer_that_is_too_large(broken: Callable[..., Path], tokenizer: P
 
 
 def test_a_tied_head_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"model\.config\.tie_word_embeddings is true"):
+    with pytest.raises(CheckpointError, match=r"model\.config: tie_word_embeddings is true"):
         make_config({"tie_word_embeddings": True})
 
 

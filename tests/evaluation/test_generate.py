@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy
 import pytest
 from PIL import Image
+from transformers import GenerationConfig
 
 from cogvlm_sft.errors import DataError
-from cogvlm_sft.evaluation.generate import Request, generate_answers
+from cogvlm_sft.evaluation.generate import Request, end_tokens, generate_answers
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 
 Tiny = tuple[CogVLMForCausalLM, CogVLMProcessor]
@@ -41,6 +42,35 @@ def test_batched_equals_one_by_one_in_the_order_asked(tiny: Tiny) -> None:
     assert batched == single
     # A model that ignores its prompts would pass the line above.
     assert len(set(single)) > 3
+
+
+def test_the_decoding_is_the_one_stated_whatever_the_checkpoint_says(tiny: Tiny) -> None:
+    model = tiny[0]
+    kept = model.generation_config
+    plain = generate_answers(*tiny, _requests()[:8], max_new_tokens=8)
+    try:
+        model.generation_config = GenerationConfig(
+            repetition_penalty=50.0, min_new_tokens=8, do_sample=True, temperature=2.0
+        )
+        assert generate_answers(*tiny, _requests()[:8], max_new_tokens=8) == plain
+        assert model.generation_config.repetition_penalty == 50.0
+    finally:
+        model.generation_config = kept
+
+
+def test_an_answer_ends_at_every_end_that_the_checkpoint_names(tiny: Tiny) -> None:
+    model, processor = tiny
+    kept = model.generation_config
+    prompts = processor.pad([processor.encode_prompt("What digit is this?", num_images=0)])
+    first = int(model.generate(**prompts, max_new_tokens=1)[0, -1])
+    request = [Request((), "What digit is this?")]
+    assert len(generate_answers(*tiny, request, max_new_tokens=8)[0]) > 1
+    try:  # as CogVLM2's, which names <|end_of_text|> and <|eot_id|>
+        model.generation_config = GenerationConfig(eos_token_id=[2, first])
+        assert end_tokens(model, processor) == sorted([2, first])
+        assert len(generate_answers(*tiny, request, max_new_tokens=8)[0]) <= 1
+    finally:
+        model.generation_config = kept
 
 
 def test_one_picture_is_computed_once_for_all_its_questions(tiny: Tiny) -> None:
