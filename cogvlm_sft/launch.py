@@ -28,6 +28,12 @@ def under_deepspeed() -> bool:
     return _told("ACCELERATE_USE_DEEPSPEED")
 
 
+def fsdp_settings() -> tuple[str, str]:
+    """The launcher's version of FSDP and the kind of its snapshots."""
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    return os.environ.get("FSDP_VERSION", "1"), kind
+
+
 def way_of_sharding() -> str | None:
     """The launcher's way as the estimate names it, "FSDP2", "ZeRO-2" or "ZeRO-3"; None without."""
     if under_fsdp():

@@ -339,10 +339,10 @@ def expected_shapes(config: CogVLMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def own_device() -> str:
-    """Where this process computes."""
+    """Where this process computes, by accelerate's rule: it may see its own GPU alone."""
     if not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{launch.local_rank()}"
+    return f"cuda:{launch.local_rank() % torch.cuda.device_count()}"
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

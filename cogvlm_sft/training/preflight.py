@@ -19,7 +19,13 @@ import torch
 import yaml
 
 from cogvlm_sft import launch
-from cogvlm_sft.checkpoint.load import build_processor, load_config, load_processor, weight_files
+from cogvlm_sft.checkpoint.load import (
+    build_processor,
+    load_config,
+    load_processor,
+    own_device,
+    weight_files,
+)
 from cogvlm_sft.checkpoint.sharded import is_sharded
 from cogvlm_sft.conversation import conversation_files
 from cogvlm_sft.errors import CheckpointError, CogVLMSFTError, RecipeError
@@ -98,6 +104,7 @@ def check_ready(recipe: Recipe, world_size: int) -> None:
             "train …), or name the one to use by CUDA_VISIBLE_DEVICES"
         )
     missing += _not_split(recipe)
+    missing += _without_bfloat16(recipe)
     packages = ("flash_attn", "kernels")
     if model.attention == "flash_attention_2" and not any(map(_installed, packages)):
         missing.append(
@@ -124,11 +131,16 @@ def _installed(package: str) -> bool:
 
 
 def _not_split(recipe: Recipe) -> list[str]:
-    """What FSDP2 and DeepSpeed cannot divide among the GPUs."""
+    """What FSDP2 and DeepSpeed cannot divide among the GPUs, and an FSDP that is not ours."""
     if not (launch.under_fsdp() or launch.under_deepspeed()):
         return []
     ddp = "use recipes/accelerate/ddp.yaml"
     found = []
+    if launch.under_fsdp() and (told := launch.fsdp_settings()) != ("2", "SHARDED_STATE_DICT"):
+        found.append(
+            f"the launcher's configuration: FSDP version {told[0]} with {told[1]}; parameter "
+            "groups need version 2, snapshots SHARDED_STATE_DICT (recipes/accelerate/fsdp2.yaml)"
+        )
     if recipe.train.optimizer == "paged_adamw_8bit":
         found.append(
             "train.optimizer: paged_adamw_8bit keeps its moments in blocks of whole tensors, which "
@@ -140,6 +152,19 @@ def _not_split(recipe: Recipe) -> list[str]:
             "GPU holds them all"
         )
     return found
+
+
+def _without_bfloat16(recipe: Recipe) -> list[str]:
+    """torch imitates it on older GPUs, but the flash kernels of its attention do not run there."""
+    if recipe.model.dtype != "bfloat16" or not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability(own_device())
+    if major >= 8:
+        return []
+    return [
+        "model.dtype: bfloat16 needs a GPU of compute capability 8.0 (Ampere) or later; this is a "
+        f"{torch.cuda.get_device_name(own_device())} of {major}.{minor}. Set it to float32"
+    ]
 
 
 def _check_tokenizer(recipe: Recipe, missing: list[str]) -> None:
@@ -181,8 +206,7 @@ def available_memory(world_size: int = 1) -> tuple[float, str]:
     On the CPU it is what the system or the container's limit leaves, shared by local processes.
     """
     if torch.cuda.is_available():
-        own = launch.local_rank() % torch.cuda.device_count()
-        return float(torch.cuda.mem_get_info(own)[0]), "cuda"
+        return float(torch.cuda.mem_get_info(own_device())[0]), "cuda"
     free = float(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat")
     try:
@@ -249,7 +273,9 @@ def check_output(recipe: Recipe) -> Path | None:
         )
     found = snapshots.newest_complete(output)
     if found is None:
-        print(f"warning: no snapshot in {output} is complete; starting at step 0", file=sys.stderr)
+        if launch.rank() == 0:
+            said = f"warning: no snapshot in {output} is complete; starting at step 0"
+            print(said, file=sys.stderr)
     elif (problem := _other_launcher(found)) is not None:
         raise RecipeError(f"{recipe.source}: {found} was written by a run {problem}")
     return found

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from transformers import Trainer
 from trl import SFTTrainer
 
@@ -71,15 +72,19 @@ class SnapshotTrainer(SFTTrainer):
                 snapshots.publish(
                     staging / f"checkpoint-{step}", snapshots.snapshot_folder(output, step)
                 )
-                snapshots.rotate(output, self.keep_snapshots)
-        except (OSError, RuntimeError, SafetensorError) as error:
+                snapshots.rotate(output, self.keep_snapshots, step)
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             if is_lost_process(error):
                 raise
-            # torch reports a full disk as RuntimeError, safetensors as its own error.
+            # torch reports a full disk as RuntimeError, safetensors as its own error; what befell
+            # one process's shard reaches them all, and is no Exception even.
+            cause: BaseException = error
+            if isinstance(error, CheckpointException):
+                cause = next(iter(error.failures.values()))[0]
             last = [path.name for path in snapshots.snapshots(output)]
             raise CheckpointError(
                 f"{output}: the snapshot of step {step} cannot be written "
-                f"({shutil.disk_usage(output).free / 1e6:,.0f} MB are free there): {error}; "
+                f"({shutil.disk_usage(output).free / 1e6:,.0f} MB are free there): {cause}; "
                 f"the last one is {last[-1] if last else 'none'}"
             ) from error
         finally:

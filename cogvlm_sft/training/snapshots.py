@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from cogvlm_sft import launch
 from cogvlm_sft.checkpoint.load import weight_files
 from cogvlm_sft.errors import CheckpointError
 
@@ -62,7 +63,8 @@ def newest_complete(output: Path) -> Path | None:
         problem = damage(path)
         if problem is None:
             return path
-        print(f"warning: snapshot {path} is passed over: {problem}", file=sys.stderr)
+        if launch.rank() == 0:
+            print(f"warning: snapshot {path} is passed over: {problem}", file=sys.stderr)
     return None
 
 
@@ -120,9 +122,14 @@ def publish(staging: Path, target: Path) -> None:
     _flush(target.parent)
 
 
-def rotate(output: Path, keep: int) -> None:
-    """Delete the oldest snapshots so that `keep` remain; called only after a new one stands."""
-    for path in snapshots(output)[:-keep]:
+def rotate(output: Path, keep: int, step: int) -> None:
+    """Delete all but `keep` snapshots; called only after a new one, of `step`, stands.
+
+    Later ones are damaged ones that the run passed over; they must not count as kept.
+    """
+    found = snapshots(output)
+    kept = [path for path in found if snapshot_step(path) <= step][-keep:]
+    for path in set(found) - set(kept):
         # The manifest goes first: a delete that is interrupted leaves what counts as damaged.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)

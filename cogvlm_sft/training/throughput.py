@@ -122,12 +122,11 @@ class Throughput:
 def peak_flops(device: torch.device) -> float:
     """Operations a second that a device could do at best.
 
-    For GPUs in the table it is the data sheet's dense bf16 figure. For others, CPUs above all, it
-    is what a square matrix product reaches here and now (some 0.03 s): the MFU is then a share of
-    that.
+    For GPUs in the table it is the data sheet's dense bf16 figure. For others, CPUs above all and
+    slices of a GPU (MIG), it is what a square matrix product reaches here and now (some 0.03 s):
+    the MFU is then a share of that.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    if device.type == "cuda" and "MIG" not in (name := torch.cuda.get_device_name(device)):
         for key in sorted(_PEAK_BF16, key=len, reverse=True):
             if re.search(rf"\b{key}\b", name):
                 return _PEAK_BF16[key]

@@ -44,11 +44,14 @@ from cogvlm_sft.tune.groups import parameter_groups
 
 
 def _reduce_in_fp32(accelerator: Accelerator) -> None:
-    """FSDP2 computes in bf16; accelerate would also reduce gradients and round the loss to it."""
+    """FSDP2 computes in bf16; accelerate would also reduce gradients and round the loss to it.
+
+    The layers' rotary angles stay fp32, as without FSDP; pictures are cast by the model.
+    """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2 and accelerator.mixed_precision == "bf16":
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
 
 
@@ -216,6 +219,10 @@ class CogVLMTrainer(SnapshotTrainer):
         )
         if self.weights is not None and resume_from_checkpoint is None:
             fill(prepared[0], self.weights)
+        if self.is_fsdp_enabled:
+            # transformers' own mark, which accelerate does not set: `generate` then goes on in
+            # every process until the last is done, as a split model needs.
+            self.model._is_fsdp_managed_module = True
         return prepared
 
     def compute_loss(
@@ -300,16 +307,18 @@ class CogVLMTrainer(SnapshotTrainer):
         """Add each group's rate and the speed since the last log to a training step's figures.
 
         Raises:
-            RecipeError: the loss is no longer a number, so every further step would be lost.
+            RecipeError: the loss, or the gradient that the weights were just moved by, is no longer
+                a number, so every further step would be lost. A step is logged before it is saved.
         """
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
+            if not math.isfinite(logs["loss"] + logs.get("grad_norm", 0.0)):
                 output = Path(self.args.output_dir)
                 last = snapshots.newest_complete(output)
                 raise RecipeError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}; expected a "
-                    f"finite number. Lower train.learning_rate ({self.args.learning_rate:g}) or "
-                    "lengthen train.warmup_iterations, and start again; "
+                    f"the loss is {logs['loss']}, its gradient's norm {logs.get('grad_norm')}, at "
+                    f"step {self.state.global_step}; expected finite numbers. Lower "
+                    f"train.learning_rate ({self.args.learning_rate:g}) or lengthen "
+                    "train.warmup_iterations, and start again; "
                     + (f"the last snapshot is {last}" if last else "no snapshot was written yet")
                 )
             logs |= {f"lr/{group}": rate for group, rate in self._rates_of_step.items()}

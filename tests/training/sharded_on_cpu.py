@@ -6,7 +6,8 @@ accelerate takes FSDP and DeepSpeed from its environment only where it sees GPUs
 the machine is answered for it. All else is the product: the environment that `accelerate launch`
 makes of `recipes/accelerate/KIND.yaml`, our trainer, accelerate's sharding, sharded snapshots.
 Under FSDP2 it looks behind every micro-batch: no process may hold more than its own part of the
-gradients, and these are fp32, reduced in fp32.
+gradients, and these are fp32, reduced in fp32. Rotary angles reach the layers in fp32, and
+`generate` waits for the process with the longest answer.
 """
 
 import os
@@ -39,12 +40,21 @@ def watch_gradients() -> None:
     """Fails the run where gradients are whole, or no finer than bf16."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
+    from transformers.distributed.fsdp import is_fsdp_managed_module
 
+    from cogvlm_sft.model.attention_cogvlm import Run
+    from cogvlm_sft.model.layers_cogvlm import CogVLMDecoderLayer
     from cogvlm_sft.training.trainer import CogVLMTrainer
 
-    step = CogVLMTrainer.training_step
+    step, layer = CogVLMTrainer.training_step, CogVLMDecoderLayer.forward
+
+    def with_angles(self: CogVLMDecoderLayer, rows: Any, run: Any, *rest: Any, **named: Any) -> Any:
+        if isinstance(run, Run):
+            assert run.angles[0].dtype == torch.float32, run.angles[0].dtype
+        return layer(self, rows, run, *rest, **named)
 
     def watched(self: CogVLMTrainer, model: Any, *rest: Any) -> torch.Tensor:
+        assert is_fsdp_managed_module(self.model), "generate goes its own way in each process"
         loss = step(self, model, *rest)
         assert loss.dtype == torch.float32, loss.dtype
         parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
@@ -59,6 +69,7 @@ def watch_gradients() -> None:
         return loss
 
     CogVLMTrainer.training_step = watched  # type: ignore[method-assign]
+    CogVLMDecoderLayer.forward = with_angles  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

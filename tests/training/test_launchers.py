@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
 KINDS = {
@@ -30,6 +32,23 @@ def test_accelerate_reads_it(name: str) -> None:
     assert config.mixed_precision == "no"
     assert f"--config_file recipes/accelerate/{name}.yaml" in path.read_text(encoding="utf-8")
     assert "--machine_rank" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_several_machines_need_no_other_launcher(name: str) -> None:
+    """Hazard: for DeepSpeed on several machines accelerate takes pdsh and a hostfile."""
+    machines = "--num_machines 8 --machine_rank 3 --main_process_ip first --num_processes 64"
+    told = launch_command_parser().parse_args(
+        ["--config_file", str(FOLDER / f"{name}.yaml"), *machines.split(), "script.py"]
+    )
+    told, defaults, _ = _validate_launch_command(told)
+    if told.use_deepspeed:
+        told.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        assert prepare_deepspeed_cmd_env(told)[0] is None
+    else:
+        prepare_multi_gpu_env(told)
+    assert (told.nproc_per_node, told.nnodes, told.node_rank) == ("8", "8", 3)
+    assert told.rdzv_endpoint == "first:29500"
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])

@@ -197,6 +197,33 @@ def test_many_gpus_want_a_launcher(
         train(make_recipe())
 
 
+def test_bfloat16_wants_a_gpu_that_has_it(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first step would fail, in a flash kernel. The process sees its own GPU alone."""
+    first = {"cuda:0": (7, 0)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda own: first[own])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda own: "Tesla V100-SXM2-32GB")
+    monkeypatch.setattr(preflight, "available_memory", lambda world: (32.0 * GIB, "cuda"))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(RecipeError, match=r"a Tesla V100-SXM2-32GB of 7\.0\. Set it to float32"):
+        train(make_recipe(model__dtype="bfloat16"))
+
+
+def test_only_the_second_fsdp_and_its_shards(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="FSDP version 1 with SHARDED_STATE_DICT"):
+        train(make_recipe())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    with pytest.raises(RecipeError, match="FSDP version 2 with FULL_STATE_DICT"):
+        train(make_recipe())
+
+
 @pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_what_cannot_be_split_is_said_before_weights_are_read(
     make_recipe: MakeRecipe, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
@@ -256,7 +283,7 @@ def test_a_service_that_is_not_installed(
 def test_each_process_looks_at_the_memory_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=0: (10 * device, 80))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda own: (10 * int(own[-1]), 80))
     for name, seen in (("3", 30.0), ("0", 0.0), ("11", 30.0)):
         monkeypatch.setenv("LOCAL_RANK", name)
         assert preflight.available_memory(8) == (seen, "cuda")

@@ -1,14 +1,18 @@
 """Records are read and encoded by one process, once; others and resumed runs take its index."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cogvlm_sft import DataError, Recipe, train
 from cogvlm_sft.data.collator import CogVLMCollator
 from cogvlm_sft.data.mixture import ConversationDataset
+from cogvlm_sft.errors import TrainingError
+from cogvlm_sft.training import row_index
 from cogvlm_sft.training.preflight import processor_for
 from cogvlm_sft.training.row_index import dataset_of
 
@@ -61,6 +65,37 @@ def test_other_processes_wait_for_it(
     timer.start()
     assert make(recipe).lengths == first.lengths
     timer.join()
+
+
+def test_other_processes_do_not_wait_for_a_dead_one(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine no launcher ends them."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(row_index, "_PATIENCE_SECONDS", 0.3)
+    with pytest.raises(TrainingError, match="process 0, which reads the records"):
+        make(recipe)
+
+
+def test_the_process_that_reads_gives_signs_of_life(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as they come, others wait beyond their patience."""
+    seen: set[int] = set()
+    scan = ConversationDataset._scan
+
+    def slowly(self: ConversationDataset, *rest: Any) -> None:
+        (sign,) = recipe.train.output.glob("rows-*.alive")
+        while len(seen) < 4:
+            seen.add(sign.stat().st_mtime_ns)
+            time.sleep(0.01)
+        scan(self, *rest)
+
+    monkeypatch.setattr(ConversationDataset, "_scan", slowly)
+    monkeypatch.setattr(row_index, "_SECONDS_BETWEEN_SIGNS", 0.05)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert len(make(recipe)) == 33
+    assert not list(recipe.train.output.glob("*.alive"))
 
 
 def test_a_process_that_sees_other_data_says_so(

@@ -9,12 +9,15 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import CheckpointException
+from transformers import Trainer
 
 from cogvlm_sft import CheckpointError, Recipe, RecipeError, train
 from cogvlm_sft.checkpoint.load import build_model
@@ -22,6 +25,7 @@ from cogvlm_sft.data import mixture
 from cogvlm_sft.training import snapshots
 from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped
 from cogvlm_sft.training.telemetry import MetricsFile, read_metrics
+from cogvlm_sft.training.trainer import CogVLMTrainer
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -258,6 +262,44 @@ def test_a_disk_full_of_other_things_is_one_line(
     assert train(recipe).steps == 6
 
 
+def test_a_full_disk_under_a_sharded_snapshot_is_one_line(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch tells every process of another one's full disk by what is no `Exception`."""
+    recipe = make_recipe(train__save_every=2)
+    save = Trainer._save_checkpoint
+
+    def fail(self: Any, model: Any, trial: Any) -> None:
+        if self.state.global_step == 4:
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise CheckpointException("write", {1: (full, StackSummary())})
+        save(self, model, trial)
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", fail)
+    with pytest.raises(CheckpointError, match=r"step 4 cannot .* No space left .*step-00000002$"):
+        train(recipe)
+    assert not snapshots.staging_folder(recipe.train.output).exists()
+
+
+def test_a_gradient_that_is_no_number_is_never_saved(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its step's loss is one still, so the weights would go into a snapshot."""
+    step = CogVLMTrainer.training_step
+
+    def spoil(self: CogVLMTrainer, model: Any, *rest: Any) -> torch.Tensor:
+        loss = step(self, model, *rest)
+        if self.state.global_step == 3:
+            next(p.grad for p in model.parameters() if p.grad is not None).fill_(torch.inf)
+        return loss
+
+    monkeypatch.setattr(CogVLMTrainer, "training_step", spoil)
+    recipe = make_recipe(train__save_every=2, train__log_every=6)
+    with pytest.raises(RecipeError, match=r"gradient's norm (nan|inf), at step 4.*step-00000002"):
+        train(recipe)
+    assert len(snapshots.snapshots(recipe.train.output)) == 1
+
+
 def test_a_file_that_cannot_grow_leaves_the_last_snapshot(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, torch.Tensor]
 ) -> None:
@@ -290,8 +332,15 @@ def test_only_the_newest_snapshots_are_kept(make_recipe: MakeRecipe) -> None:
 def test_rotation_goes_by_step_and_not_by_time(saved: Path) -> None:
     """Hazard: by the time of writing, a copied or touched old snapshot would outlive the newest."""
     os.utime(snapshots.snapshot_folder(saved, 1), (2e9, 2e9))
-    snapshots.rotate(saved, 1)
+    snapshots.rotate(saved, 1, step=2)
     assert snapshots.snapshots(saved) == [snapshots.snapshot_folder(saved, 2)]
+
+
+def test_a_damaged_snapshot_is_not_one_that_is_kept(saved: Path) -> None:
+    """One of a later step was passed over at the resume; the new one alone can be gone on from."""
+    damage_weights(snapshots.snapshot_folder(saved, 2))
+    snapshots.rotate(saved, 1, step=1)
+    assert snapshots.snapshots(saved) == [snapshots.snapshot_folder(saved, 1)]
 
 
 def test_two_damaged_ones_are_passed_over_and_all_damaged_start_again(

@@ -266,7 +266,7 @@ def test_no_telemetry_is_sent(make_recipe: MakeRecipe, monkeypatch: pytest.Monke
 
 
 def test_a_loss_that_is_no_number_ends_the_run(make_recipe: MakeRecipe) -> None:
-    with pytest.raises(RecipeError, match=r"the loss is (nan|inf) at step"):
+    with pytest.raises(RecipeError, match=r"the loss is (nan|inf), .* at step"):
         train(make_recipe(train__learning_rate=1e30, train__warmup_iterations=0))
 
 
