@@ -92,20 +92,19 @@ def build(recipe_path: str | Path, overrides: Sequence[str] = ()) -> BuildResult
 def build_recipe(recipe: BuildRecipe) -> BuildResult:
     """Builds a parsed recipe; see `build`."""
     out = recipe.out
-    if not out.name or (out.exists() and not _replaceable(out)):
-        raise DataError(
-            f"{out}: exists and is not a build folder (no build's manifest.json); choose another "
-            "`out`"
-        )
     try:
+        if not out.name or (out.exists() and not _replaceable(out)):
+            raise DataError(
+                f"{out}: exists and is not a build folder (no build's manifest.json); choose "
+                "another `out`"
+            )
         with work_folder(out) as work:
             return _guarded(recipe, work)
     except OSError as error:
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
-            raise DataError(f"{error.filename}: {error.strerror}; cannot build here") from None
         if error.errno in _FULL:
             raise _disk_full(out) from None
-        raise
+        where = error.filename or out
+        raise DataError(f"{where}: {error.strerror or error}; cannot build {out}") from None
 
 
 def _guarded(recipe: BuildRecipe, work: WorkFolder) -> BuildResult:
@@ -123,10 +122,6 @@ def _guarded(recipe: BuildRecipe, work: WorkFolder) -> BuildResult:
         raise
     except CogVLMSFTError:
         work.remove()
-        raise
-    except OSError as error:
-        if error.errno in _FULL:
-            raise _disk_full(out) from None
         raise
     totals = manifest["totals"]
     return BuildResult(

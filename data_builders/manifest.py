@@ -54,7 +54,8 @@ class VerifyReport:
         shown = self.problems[:SHOWN]
         if len(self.problems) > SHOWN:
             shown.append(f"and {len(self.problems) - SHOWN:,} more")
-        return "\n  ".join([f"{head}: not sound, {len(self.problems):,} problems", *shown])
+        count = f"{len(self.problems):,} problem{'s' * (len(self.problems) != 1)}"
+        return "\n  ".join([f"{head}: not sound, {count}", *shown])
 
 
 def sha256(path: Path) -> str:
@@ -238,13 +239,19 @@ def verify(
     pictures: dict[str, str] = {}
     _verify_counts(manifest, report)
     _verify_files(folder, manifest, report, pictures)
+    if pictures and not root.is_dir():
+        report.problems.append(
+            f"{len(pictures):,} pictures not opened: no folder {root} here; give the image root, "
+            "--images DIR (the manifest's is relative to where the build was made)"
+        )
+        pictures.clear()
     paths: list[str] = []
     for relative, where in pictures.items():
         try:
-            resolve_image(root, relative)
+            resolve_image(root, relative, where)
             paths.append(relative)
         except DataError as error:
-            report.problems.append(f"{where}: {relative}: {error}")
+            report.problems.append(str(error))
     limits = ImageLimits(1, float("inf"), manifest["recipe"]["images"]["max_pixels"])
     facts = check_images(root, sorted(paths), limits, False, workers or os.cpu_count() or 1)
     for relative, fact in zip(sorted(paths), facts, strict=True):

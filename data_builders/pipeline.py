@@ -110,6 +110,13 @@ def run_pipeline(work: WorkFolder, recipe: BuildRecipe) -> dict[str, Any]:
 def _check_together(recipe: BuildRecipe) -> None:
     """Settings that need or forbid each other, before anything is read."""
     classes = {entry.name: load_source(entry.source) for entry in recipe.sources}
+    for entry in recipe.sources if recipe.image_root is None else ():
+        # Pictures are looked for below the working directory then, whatever it may hold.
+        if not (entry.annotations or entry.images or classes[entry.name].needs_annotations):
+            raise RecipeError(
+                f"source {entry.name}: neither annotations nor images given; set `annotations` to "
+                "a table, or `images` to a folder of labelled pictures"
+            )
     refused = [f"{name} ({of.license})" for name, of in classes.items() if not of.commercial]
     if recipe.commercial and refused:
         raise RecipeError(
@@ -148,8 +155,9 @@ def _unpacked(recipe: BuildRecipe) -> tuple[list[SourceEntry], dict[str, list[st
 def _inputs(source: Source) -> list[dict[str, Any]]:
     for path in source.inputs():
         if not path.is_file():
+            found = "is a folder, name the files in it" if path.is_dir() else "is missing"
             raise DataError(
-                f"source {source.entry.name}: annotation file {path} is missing; "
+                f"source {source.entry.name}: annotation file {path} {found}; "
                 "`cogvlm-sft data sources` lists what to fetch"
             )
     return input_facts(source)

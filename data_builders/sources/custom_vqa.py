@@ -259,7 +259,7 @@ class CustomVQA(Source):
         if start == 0:
             raise DataError(
                 f"source {self.entry.name}: no annotations given and no picture found in "
-                f"{[str(folder) for folder in self.entry.images] or 'the image root'}"
+                f"{', '.join(map(str, self.entry.images)) or 'the image root'}"
             )
 
     def _labelled(self, path: str, pattern: re.Pattern[str] | str | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The build as a whole: same bytes always, nothing half-written, nothing lost, mistakes named."""
 
+import errno
 import hashlib
 import json
 import os
@@ -470,6 +471,24 @@ def test_data_mistakes(recipe, tmp_path, root):
         build(recipe, [f"sources.0.images=[{root}/vg]", f"sources.1.images=[{root}/coco]"])
     with pytest.raises(RecipeError, match=r"no recipe .*did you mean 'chat_500k'"):
         build("chat_600k")
+
+
+def test_mistakes_of_folders(recipe, tmp_path, root, monkeypatch):
+    with pytest.raises(DataError, match=r"annotation file .*pictures is a folder, name the files"):
+        build(recipe, [f"sources.0.annotations=[{root}]"])
+    nothing = parse_recipe({"out": tmp_path / "b", "sources": [{"source": "custom_vqa"}]}, "")
+    with pytest.raises(RecipeError, match="neither annotations nor images given"):
+        build_recipe(nothing)
+
+    with pytest.raises(DataError, match=r"File name too long; cannot build"):
+        build(recipe, [f"out={tmp_path}/{'x' * 300}"])
+
+    def read_only(*_args, **_keys):
+        raise OSError(errno.EROFS, "Read-only file system", "/mnt/build")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(DataError, match=r"/mnt/build: Read-only file system; cannot build"):
+        build(recipe)
 
 
 def test_unchecked_build_needs_no_pictures(recipe, root):

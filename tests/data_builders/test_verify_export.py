@@ -1,6 +1,7 @@
 """A build can be checked later, and read by the trainers it is exported for."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,16 @@ def test_what_verify_finds(built, root):
         assert part in text  # fmt: skip
     shard.unlink()
     assert f"{shard.name}: missing" in verify(built, root).problems
+
+
+def test_verify_from_elsewhere_asks_for_the_pictures_once(built, root):
+    report = verify(built, root / "gone")
+    assert report.conversations == 6 and report.images == 0
+    (problem,) = report.problems
+    assert re.match(r"5 pictures not opened: no folder .*gone here; .*--images DIR", problem)
+    (root / "4.jpg").unlink()
+    (problem,) = verify(built, root).problems
+    assert re.match(r"conversations-00000-of-00001\.jsonl:\d: image '4\.jpg' is missing", problem)
 
 
 def test_verify_wants_a_build(tmp_path):
