@@ -3,12 +3,13 @@
 An adapter run's result, each of its snapshots, and what other tools wrote for a CogVLM (CogVLM2's
 official fine-tuning among them) are all the same thing: `adapter_config.json` beside
 `adapter_model.safetensors`. PEFT itself loads without looking for what is missing or unexpected;
-here every tensor of the file must have found its place.
+here every tensor of the file must have found its place. Beside factors a file may hold whole
+weights (ours, PEFT's `modules_to_save` and `bias`, an embedding's own), all under their own names.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,11 @@ from cogvlm_sft.tune.naming import (
     QUANTIZED_NOTE,
 )
 
+if TYPE_CHECKING:  # seconds of import that a plain checkpoint does not need
+    from peft import LoraConfig
+
 _NAME = "default"
+_MAGNITUDE = "lora_magnitude_vector"
 
 
 def is_adapter(folder: Path) -> bool:
@@ -81,7 +86,7 @@ def base_of(folder: Path, base: str | Path | None = None) -> Path:
 
 
 def adapter_keys(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names (without PEFT's prefix) and shapes of an adapter's tensors, from the file's header.
+    """Names (see `adapter_tensors`) and shapes of an adapter's tensors, from the file's header.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -90,11 +95,48 @@ def adapter_keys(folder: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(file, framework="pt") as tensors:
             return {
-                name.removeprefix(PREFIX): tuple(tensors.get_slice(name).get_shape())
+                _plain_name(name): tuple(tensors.get_slice(name).get_shape())
                 for name in tensors.keys()  # noqa: SIM118 - not a mapping
             }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged or incomplete ({error})") from None
+
+
+def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors: factors as `module.lora_A.weight`, whole weights under their own names.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        stored = load_file(folder / ADAPTER_WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: damaged ({error})") from None
+    return {_plain_name(name): tensor for name, tensor in stored.items()}
+
+
+def _plain_name(name: str) -> str:
+    """Without PEFT's prefix and wrapper; PEFT writes DoRA's magnitudes without `.weight`."""
+    name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    return f"{name}.weight" if name.endswith(_MAGNITUDE) else name
+
+
+def lora_config(folder: Path) -> "LoraConfig":
+    """PEFT's configuration of an adapter, for a model that gets its whole weights by their names.
+
+    Raises:
+        CheckpointError: see `adapter_settings`, or a value is not PEFT's.
+    """
+    from peft import LoraConfig
+
+    adapter_settings(folder)
+    try:
+        config: LoraConfig = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {error}") from None
+    config.inference_mode = True
+    config.modules_to_save = None  # else PEFT would keep a second copy of each
+    return config
 
 
 def quantized_groups(folder: Path) -> tuple[list[str], torch.dtype] | None:
@@ -141,32 +183,39 @@ def wear_adapter(model: CogVLMForCausalLM, folder: Path, *, merge: bool) -> CogV
         CheckpointError: the adapter does not fit the model.
     """
     # Seconds of import that a plain checkpoint does not need.
-    from peft import LoraConfig, set_peft_model_state_dict
-    from peft.tuners.lora import LoraLayer, LoraModel
+    from peft import set_peft_model_state_dict
+    from peft.tuners.lora import LoraModel
 
-    settings = adapter_settings(folder)
-    keys = adapter_keys(folder)
+    file, config, keys = folder / ADAPTER_WEIGHTS, lora_config(folder), adapter_keys(folder)
     known = model.state_dict().keys() | {name for name, _ in model.named_modules()}
     strange = [name for name in keys if name.partition(".lora_")[0] not in known]
     if strange:
         raise CheckpointError(
-            f"{folder / ADAPTER_WEIGHTS}: {len(strange)} tensors are of no module of this model, "
-            f"first {strange[0]!r}; the adapter is of another base"
+            f"{file}: {len(strange)} tensors are of no module of this model, first {strange[0]!r}; "
+            "the adapter is of another base, or holds more than factors and whole weights"
         )
     try:
-        config = LoraConfig.from_pretrained(str(folder))
-        config.inference_mode = True
         tuner = LoraModel(model, config, _NAME)
-        set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS), _NAME)
+        result = set_peft_model_state_dict(model, load_file(file), _NAME)
     except (ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{folder}: the adapter does not fit the model: {error}") from None
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            for factor in ("lora_A", "lora_B"):
-                if f"{name}.{factor}.weight" not in keys:
-                    raise CheckpointError(
-                        f"{folder / ADAPTER_WEIGHTS}: no {factor} for {name}, one of the targets "
-                        f"{settings['target_modules']}"
-                    )
+    if result.unexpected_keys:
+        raise CheckpointError(
+            f"{file}: {len(result.unexpected_keys)} tensors are of none of the targets "
+            f"{config.target_modules}, first {result.unexpected_keys[0]!r}"
+        )
+    for name, _ in model.named_parameters():
+        module, factor, kind = name.replace(f".{_NAME}", "").partition(".lora_")
+        if factor and f"{module}.lora_{kind}" not in keys:
+            raise CheckpointError(
+                f"{file}: no lora_{kind.partition('.')[0]} for {module}, one of the targets "
+                f"{config.target_modules}"
+            )
     model.eval()
-    return tuner.merge_and_unload() if merge else model
+    if not merge:
+        return model
+    try:
+        merged: CogVLMForCausalLM = tuner.merge_and_unload()
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: the adapter cannot be merged: {error}") from None
+    return merged

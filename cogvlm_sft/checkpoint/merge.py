@@ -21,14 +21,14 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.lora import LoraModel
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
 from cogvlm_sft.allocator import return_freed_memory
 from cogvlm_sft.checkpoint.adapter import (
-    adapter_settings,
+    adapter_tensors,
     base_of,
+    lora_config,
     quantized_groups,
     trained_image_size,
 )
@@ -50,7 +50,7 @@ from cogvlm_sft.checkpoint.weights import (
 )
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM
-from cogvlm_sft.tune.naming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, linears_of
+from cogvlm_sft.tune.naming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, linears_of
 
 LIMIT = 1e-5
 _NAME = "default"
@@ -151,12 +151,10 @@ class _Merge:
             self.model_config = with_image_size(self.model_config, self.image_size)
         if getattr(self.model_config, "quantization_config", None):
             raise CheckpointError(f"{root}: a quantised checkpoint; merge into the 16-bit original")
-        self.config = _lora_config(folder)
-        stored = load_file(folder / ADAPTER_WEIGHTS)
-        self.adapter = {
-            name.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
-            for name, tensor in stored.items()
-        }
+        with torch.device("meta"):
+            self.skeleton = CogVLMForCausalLM(self.model_config)
+        self.config = _mergeable_config(folder)
+        self.adapter = adapter_tensors(folder)
         self.linears = {n.partition(".lora_")[0] for n in self.adapter if ".lora_" in n}
         self.replaced = {name for name in self.adapter if ".lora_" not in name}
         self.files = weight_files(root)
@@ -165,8 +163,9 @@ class _Merge:
         strange |= self.replaced - self.home.keys()
         if strange:
             raise CheckpointError(
-                f"{folder / ADAPTER_WEIGHTS}: {len(strange)} modules are not in {root}, first "
-                f"{min(strange)!r}; the adapter is of another base"
+                f"{folder / ADAPTER_WEIGHTS}: {len(strange)} tensors are of no weight of {root}, "
+                f"first {min(strange)!r}; the adapter is of another base, or holds more than "
+                "factors and whole weights"
             )
         for name in self.replaced:
             found, expected = tuple(self.adapter[name].shape), self.shape(name)
@@ -194,30 +193,38 @@ class _Merge:
 
     def merged(self, name: str) -> torch.Tensor:
         """A tensor of the result in fp32 where the adapter touches it, else the base's own."""
-        if name in self.replaced:
-            return self.adapter[name].float()
         module, _, kind = name.rpartition(".")
-        weight = self.read(name)
-        if kind != "weight" or module not in self.linears:
-            return weight
+        if module not in self.linears or not (kind == "weight" or self.config.lora_bias):
+            return self.whole(name)
         config = copy.deepcopy(self.config)
         config.r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
         config.lora_alpha = config.alpha_pattern.get(
             get_pattern_key(config.alpha_pattern, module), config.lora_alpha
         )
         config.rank_pattern, config.alpha_pattern = {}, {}  # PEFT warns of those that match nothing
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight.float(), requires_grad=False)
+        layer = copy.deepcopy(self.skeleton.get_submodule(module))
+        for part, _ in list(layer.named_parameters()):
+            weight = self.whole(f"{module}.{part}").float()
+            setattr(layer, part, nn.Parameter(weight, requires_grad=False))
         # The module under its own path, for the configuration's patterns to find it.
-        root = _at_path(module, linear)
+        root = _at_path(module, layer)
         try:
             tuner = LoraModel(root, config, _NAME)
-            factors = {n: t.float() for n, t in self.adapter.items() if n.startswith(f"{module}.")}
+            factors = {
+                n: t.float() for n, t in self.adapter.items() if n.startswith(f"{module}.lora_")
+            }
             set_peft_model_state_dict(root, factors, _NAME)
+            whole = tuner.merge_and_unload().get_submodule(module)
         except (ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{self.folder}: {module} does not fit: {error}") from None
-        result: torch.Tensor = tuner.merge_and_unload().get_submodule(module).weight.detach()
+            raise CheckpointError(f"{self.folder}: {module} cannot be merged: {error}") from None
+        result: torch.Tensor = getattr(whole, kind).detach()
         return result
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A weight without its factors; a copy, since PEFT adds them in place."""
+        if name in self.replaced:
+            return self.adapter[name].to(torch.float32, copy=True)
+        return self.read(name)
 
     def write(self, staging: Path) -> None:
         """Every shard of the base, merged, under its own name and in its own dtypes."""
@@ -278,16 +285,14 @@ class _Merge:
         return weights
 
 
-def _lora_config(folder: Path) -> LoraConfig:
-    settings = adapter_settings(folder)
-    start = settings.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
+def _mergeable_config(folder: Path) -> LoraConfig:
+    config = lora_config(folder)
+    if config.init_lora_weights not in _PLAIN_STARTS:
         raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: init_lora_weights is {start!r}, which changes the base's "
-            "weights before training; save it with PEFT's path_initial_model_for_weight_conversion"
+            f"{folder / ADAPTER_CONFIG}: init_lora_weights is {config.init_lora_weights!r}, which "
+            "changes the base's weights before training; save it with PEFT's "
+            "path_initial_model_for_weight_conversion"
         )
-    config: LoraConfig = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = True
     return config
 
 

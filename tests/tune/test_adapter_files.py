@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cogvlm_sft import CheckpointError, CogVLMForCausalLM, Recipe
 from cogvlm_sft.checkpoint.load import build_model, load_model
+from cogvlm_sft.checkpoint.merge import merge
 from cogvlm_sft.tune.adapters import AdapterFiles, apply_tuning, load_adapter
 
 MakeRecipe = Callable[..., Recipe]
@@ -135,6 +137,64 @@ def test_an_adapter_of_the_official_shape_loads(
     types[:, 1 : 1 + model.config.num_image_tokens] = 1
     row = {"input_ids": ids, "token_type_ids": types, "pixel_values": torch.randn(1, 3, 28, 28)}
     torch.testing.assert_close(logits(model, row), logits(official, row), atol=1e-5, rtol=1e-5)
+
+
+QKV = "vision_expert_query_key_value"
+OF_PEFT: dict[str, dict[str, Any]] = {
+    "DoRA": {"target_modules": [QKV], "use_dora": True},
+    "every linear": {"target_modules": "all-linear"},
+    "whole modules": {"target_modules": [QKV], "modules_to_save": ["vision.linear_proj"]},
+    "whole embeddings": {"target_modules": [QKV], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "embeddings": {"target_modules": [QKV, "embed_tokens", "lm_head"]},
+    "biases": {"target_modules": ["query_key_value"], "bias": "all"},
+    "biases of factors": {"target_modules": ["query_key_value"], "lora_bias": True},
+    "a convolution": {"target_modules": [QKV, "patch_embedding.proj"]},
+    "some layers": {"target_modules": [QKV], "layers_to_transform": [1]},
+    "patterns": {"target_modules": [QKV], "rank_pattern": {f"layers.1.self_attn.{QKV}": 3}},
+}
+
+
+@pytest.mark.parametrize("kind", OF_PEFT)
+# PEFT says so of every embedding that it saves.
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+# And takes a bias of a factor for an ungathered one.
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")
+def test_any_lora_of_peft_loads_and_merges(
+    base: Path, batch: dict[str, torch.Tensor], tmp_path: Path, kind: str
+) -> None:
+    """Whatever it holds beside factors, and under whichever names PEFT writes it."""
+    wrapped = get_peft_model(load_model(base), LoraConfig(**OF_PEFT[kind])).eval()
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    wrapped.save_pretrained(str(tmp_path / "adapter"))
+    expected = logits(wrapped, batch)
+    assert (logits(load_model(base), batch) - expected).abs().max() > 1e-2
+    loaded = load_model(tmp_path / "adapter", base=base)
+    torch.testing.assert_close(logits(loaded, batch), expected, atol=1e-4, rtol=1e-4)
+    merge(tmp_path / "adapter", tmp_path / "merged", base=base)
+    merged = load_model(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, batch), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_only_peft_can_read_is_said(base: Path, tmp_path: Path) -> None:
+    """Deltas of single tokens are neither factors nor whole weights."""
+    config = LoraConfig(target_modules=[QKV], trainable_token_indices=[3, 4])
+    get_peft_model(load_model(base), config).save_pretrained(str(tmp_path / "adapter"))
+    for read in (
+        lambda: load_model(tmp_path / "adapter", base=base),
+        lambda: merge(tmp_path / "adapter", tmp_path / "merged", base=base),
+    ):
+        with pytest.raises(CheckpointError, match="holds more than factors and whole weights"):
+            read()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_factors_of_no_target_are_said(adapter: Path) -> None:
+    settings(adapter, target_modules=[QKV], rank_pattern={}, alpha_pattern={})
+    with pytest.raises(CheckpointError, match="tensors are of none of the targets"):
+        load_model(adapter)
 
 
 _VISION = (
