@@ -1,15 +1,17 @@
 """One training step against the obvious one: uniform and ragged batches, share of matmul peak.
 
 python -m benchmarks.step [--rounds N] [--threads N] [--batch uniform|ragged]
-python -m benchmarks.step --peak baseline      peak memory of two steps, in a process of its own
-python -m benchmarks.step --peak ours
+python -m benchmarks.step --peak      peak memory of two steps of each, in processes of their own
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
+import subprocess
+import sys
 from typing import Any
 
 import psutil
@@ -18,7 +20,6 @@ import torch
 from benchmarks.baseline import baseline_loss
 from benchmarks.measure import interleave, matmuls, report
 from benchmarks.models import MEDIUM, RESULTS, build, items_of, padded
-from benchmarks.trainer import step, trainer_for
 from cogvlm_sft.training.flops import Work, training_flops
 
 TRAINED = ("language", "visual_expert", "adapter", "embeddings")
@@ -30,12 +31,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", choices=("uniform", "ragged"), help="one of the two only")
-    parser.add_argument("--peak", choices=("baseline", "ours"), help="measure memory instead")
+    parser.add_argument("--peak", action="store_true", help="measure memory instead")
+    parser.add_argument("--peak-of", choices=("baseline", "ours"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    if given.peak is not None:
-        print(json.dumps(peak_memory(given.peak)))
+    if given.peak_of is not None:
+        print(json.dumps(peak_memory(given.peak_of)))
         return
+    if given.peak:
+        report("peak", peaks(given.threads), RESULTS)
+        return
+    from benchmarks.trainer import step, trainer_for  # 0.2 GiB of libraries
+
     model = build(MEDIUM)
     trainer = trainer_for(model)
     products = matmuls(SIZE)
@@ -95,8 +102,33 @@ def main() -> None:
     report("step", rows, RESULTS)
 
 
+def peaks(threads: int) -> list[dict[str, Any]]:
+    """Peak memory of both ways, as glibc manages it by default and with freed blocks returned.
+
+    By default glibc keeps freed blocks below 32 MiB for itself: faster, and in pieces.
+    """
+    rows: list[dict[str, Any]] = []
+    for kept, threshold in (("kept", {}), ("returned", {"MALLOC_MMAP_THRESHOLD_": "65536"})):
+        found = []
+        for way in ("baseline", "ours"):
+            command = [sys.executable, "-m", "benchmarks.step", "--peak-of", way,
+                       "--threads", str(threads)]  # fmt: skip
+            printed = subprocess.run(
+                command, env={**os.environ, **threshold}, capture_output=True, text=True, check=True
+            ).stdout
+            found.append(json.loads(printed.splitlines()[-1]))
+        first = found[0]
+        for row in found:
+            row["of baseline"] = row["peak GiB"] / first["peak GiB"]
+            row["of baseline, above before"] = (row["peak GiB"] - row["before GiB"]) / (
+                first["peak GiB"] - first["before GiB"]
+            )
+            rows.append({"freed blocks": kept, **row})
+    return rows
+
+
 def peak_memory(way: str) -> dict[str, float | str]:
-    """GiB resident before and at most during two steps on the uniform batch."""
+    """GiB resident before (libraries and weights), and at most during two steps, uniform batch."""
     model = build(MEDIUM)
     batch = padded(items_of(model.config, (128,) * 4, 64))
     before = psutil.Process().memory_info().rss
@@ -109,7 +141,7 @@ def peak_memory(way: str) -> dict[str, float | str]:
         )
         loss.backward()
     highest = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"way": way, "before": before / 2**30, "peak": highest / 2**30}
+    return {"way": way, "before GiB": before / 2**30, "peak GiB": highest / 2**30}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from torch.nn import functional
 from .expert_rows import swiglu
 
 # Multiply-adds below which preparing oneDNN's kernel costs more than it saves.
-_SMALL = 1 << 22
+_SMALL = 1 << 18
+_PART = 4096  # outputs of a weight gradient at once
 
 
 @cache
@@ -47,6 +48,17 @@ def _multiply(
     return product
 
 
+def _weight_gradient(gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`gradient.T @ rows`; a vocabulary's in parts, since oneDNN copies the transposed factor."""
+    outputs = gradient.shape[1]
+    if outputs <= _PART:
+        return _multiply(gradient.t(), rows.t())
+    found = rows.new_empty(outputs, rows.shape[1])
+    for part, some in zip(found.split(_PART), gradient.split(_PART, dim=1), strict=True):
+        part.copy_(_multiply(some.t(), rows.t()))
+    return found
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -64,7 +76,7 @@ class _Linear(torch.autograd.Function):
         of_rows, of_weight, of_bias = ctx.needs_input_grad
         return (
             _multiply(gradient, weight.t()) if of_rows else None,
-            _multiply(gradient.t(), rows.t()) if of_weight else None,
+            _weight_gradient(gradient, rows) if of_weight else None,
             gradient.sum(0) if of_bias else None,
         )
 

@@ -38,6 +38,7 @@ from .expert_rows import gather_rows
 from .generation_cogvlm import CogVLMGenerationMixin
 from .layers_cogvlm import CogVLMDecoderLayer, CogVLMRMSNorm
 from .linear_cogvlm import apply_linear
+from .loss_cogvlm import summed_cross_entropy
 from .runs import FLAT_ATTENTION, choose_reads, flatten
 from .segments import Segment, read_segments, segments_of_rows
 from .token_layout import IGNORE_INDEX, Routing, build_position_ids, build_vision_expert_mask, plan
@@ -416,10 +417,17 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, CogVLMGenerationMixin):
         if supervised_only:
             assert targets is not None and read_places is not None
             scores = apply_linear(self.lm_head, hidden)
-            loss = _loss(scores, targets.flatten()[read_places], num_items_in_batch)
+            read = targets.flatten()[read_places]
+            loss = _mean(summed_cross_entropy(scores, read), read, num_items_in_batch)
         elif targets is not None:
             logits = apply_linear(self.lm_head, hidden)
-            loss = _loss(logits.flatten(0, 1), targets.flatten(), num_items_in_batch)
+            total = functional.cross_entropy(
+                logits.flatten(0, 1).float(),
+                targets.flatten(),
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
+            )
+            loss = _mean(total, targets, num_items_in_batch)
         if logits is not None or not supervised_only:
             keep = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -445,13 +453,10 @@ def _shift(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.T
     return targets
 
 
-def _loss(
-    logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None
+def _mean(
+    total: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """Cross-entropy in fp32 over (rows, vocabulary), summed and divided; 0 without a target."""
-    total = functional.cross_entropy(
-        logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    """The summed loss divided by `num_items`, or else by the targets; 0 without a target."""
     if num_items is None:
         return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
     return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cogvlm_sft.errors import ModelInputError
 
 from .configuration_cogvlm import CogVLMConfig, CogVLMVisionConfig
-from .linear_cogvlm import apply_linear
+from .linear_cogvlm import apply_gated_linear, apply_linear
 
 
 def eager_attention(
@@ -187,10 +187,9 @@ class CogVLMAdapter(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(images, patches, tower's hidden) to (images, patches, hidden)."""
         hidden = functional.gelu(self.norm1(apply_linear(self.linear_proj, features)))
-        gated = functional.silu(apply_linear(self.gate_proj, hidden)) * apply_linear(
-            self.dense_h_to_4h, hidden
-        )
-        return apply_linear(self.dense_4h_to_h, gated)
+        rows = hidden.flatten(0, 1)
+        gate, up = apply_linear(self.gate_proj, rows), apply_linear(self.dense_h_to_4h, rows)
+        return apply_gated_linear(self.dense_4h_to_h, gate, up).view_as(hidden)
 
 
 class CogVLMVisionModel(nn.Module):

@@ -178,7 +178,7 @@ def activations(config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float) 
         rows: conversations.
 
     Returns:
-        `activations`, and `logits` (what the head holds, with the loss).
+        `activations`, and `logits` (over which their gradient is written).
     """
     width, hidden = _width(recipe), config.hidden_size
     image = min(config.num_image_tokens - 1, tokens)
@@ -201,7 +201,7 @@ def activations(config: CogVLMConfig, recipe: Recipe, tokens: int, rows: float) 
         max(text, image) * (5 * inner + 2 * hidden) * width + tokens * 2 * hidden * width
     )
     kept = whole + _adapter(config, recipe, width) + _tower(config, recipe, width)
-    logits = text * config.vocab_size * (12.0 if width == 4 else 14.0)
+    logits = float(text * config.vocab_size * width)
     passing = _passing(config, width) if tune["vision_tower"].mode == "frozen" else 0.0
     unpacked = _unpacked(config, recipe)  # once, however many rows
     total = max(rows * kept + max(rows * moment + unpacked, rows * logits), rows * passing)
@@ -271,9 +271,11 @@ def _adapter(config: CogVLMConfig, recipe: Recipe, width: int) -> float:
     patches = config.num_image_tokens - 2
     hidden, inner = config.hidden_size, config.intermediate_size
     treatment = recipe.tune.groups()["adapter"]
-    per_patch = (3 * hidden + 4 * inner) * width
+    per_patch = (3 * hidden + 2 * inner) * width
     if treatment.mode != "frozen":
-        per_patch += (config.vision_config.hidden_size + inner) * width
+        # A plain down projection computes its input a second time.
+        lora = treatment.mode == "lora"
+        per_patch += (config.vision_config.hidden_size + inner * lora) * width
     elif recipe.tune.groups()["vision_tower"].mode == "frozen":
         return patches * hidden * width  # nothing behind it or in it learns
     return patches * per_patch

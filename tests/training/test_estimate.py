@@ -48,7 +48,7 @@ def test_states_of_the_chat_recipe_are_exact() -> None:
 
 
 def test_the_figures_of_recipes_are_the_estimates() -> None:
-    """`44 GiB on 8 GPUs` in a header, and `246 GiB` on one device, are what the command prints."""
+    """`41 GiB on 8 GPUs` in a header, and `243 GiB` on one device, are what the command prints."""
     found = []
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         head = path.read_text(encoding="utf-8").partition("\n\n")[0].replace("\n#", "")
