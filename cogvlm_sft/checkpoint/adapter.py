@@ -70,9 +70,9 @@ def base_of(folder: Path, base: str | Path | None = None) -> Path:
         CheckpointError: there is no such folder, or it holds an adapter itself.
     """
     named = adapter_settings(folder).get("base_model_name_or_path") if base is None else base
-    if not named:
+    if not named or not isinstance(named, str | Path):
         raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG} names no base checkpoint; give its folder"
+            f"{folder / ADAPTER_CONFIG} names no base checkpoint (found {named!r}); give its folder"
         )
     path = Path(named)
     if not path.is_dir():
@@ -148,7 +148,10 @@ def quantized_groups(folder: Path) -> tuple[list[str], torch.dtype] | None:
         CheckpointError: the weights are missing or damaged.
     """
     found = _note(folder, QUANTIZED_NOTE)
-    return None if found is None else (found["groups"], getattr(torch, found["dtype"]))
+    try:
+        return None if found is None else (found["groups"], getattr(torch, found["dtype"]))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: a damaged note: {error!r}") from None
 
 
 def trained_image_size(folder: Path) -> int | None:
@@ -166,9 +169,9 @@ def _note(folder: Path, name: str) -> Any:
     try:
         with safe_open(file, framework="pt") as tensors:
             note = (tensors.metadata() or {}).get(name)
-    except (SafetensorError, OSError) as error:
+        return None if note is None else json.loads(note)
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file}: damaged or incomplete ({error})") from None
-    return None if note is None else json.loads(note)
 
 
 def wear_adapter(model: CogVLMForCausalLM, folder: Path, *, merge: bool) -> CogVLMForCausalLM:

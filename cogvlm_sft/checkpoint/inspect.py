@@ -271,7 +271,7 @@ def _inspect_adapter(folder: Path) -> Inspection:
             problems.append(str(error))
     else:
         problems.append("adapter_model.safetensors is missing")
-    if base and Path(base).is_absolute() and not Path(base).is_dir():
+    if isinstance(base, str) and Path(base).is_absolute() and not Path(base).is_dir():
         problems.append(f"the base {base} is not there; name it when merging (--base)")
     return Inspection(
         path=folder,

@@ -167,6 +167,10 @@ class _Merge:
                 f"first {min(strange)!r}; the adapter is of another base, or holds more than "
                 "factors and whole weights"
             )
+        for name in sorted(self.linears):
+            for factor in ("lora_A", "lora_B"):
+                if f"{name}.{factor}.weight" not in self.adapter:
+                    raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: no {factor} for {name}")
         for name in self.replaced:
             found, expected = tuple(self.adapter[name].shape), self.shape(name)
             if found != expected:
@@ -278,7 +282,13 @@ class _Merge:
 
         def weights(name: str) -> torch.Tensor:
             if ".lora_" in name:
-                return self.adapter[name.replace(f".{_NAME}", "")]
+                factor = name.replace(f".{_NAME}", "")
+                if factor not in self.adapter:
+                    raise CheckpointError(
+                        f"{self.folder / ADAPTER_WEIGHTS}: no {factor}, though target_modules of "
+                        f"{ADAPTER_CONFIG} means it"
+                    )
+                return self.adapter[factor]
             name = name.replace(".base_layer.", ".")
             return self.adapter[name] if name in self.replaced else base(name)
 

@@ -53,7 +53,7 @@ def with_image_size(config: CogVLMConfig, image_size: int) -> CogVLMConfig:
     fields = config.to_dict()
     patch = config.vision_config.patch_size
     step = patch * (2 if config.is_cogvlm2 else 1)
-    if image_size < step or image_size % step:
+    if type(image_size) is not int or image_size < step or image_size % step:
         raise CheckpointError(
             f"image_size is {image_size}, expected a multiple of {step} "
             f"(patches of {patch} px{', halved by the convolution' if step > patch else ''})"

@@ -14,6 +14,7 @@ import argparse
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +40,7 @@ from cogvlm_sft.model import CogVLMConfig
 from cogvlm_sft.model.attention_cogvlm import inverse_frequencies
 
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_MOST = 1024  # ranks, heads: far above any, and a bound for a file from elsewhere
 _REMAP_BYTES = 2**27  # mapped pages that may be touched before a file is mapped anew
 
 
@@ -167,7 +169,7 @@ def find_rank_files(path: str | Path) -> tuple[list[Path], dict[str, Any]]:
     latest = folder / "latest"
     step = folder
     if place.is_dir() and latest.is_file():
-        step = folder / latest.read_text(encoding="utf-8").strip()
+        step = folder / latest.read_text(encoding="utf-8", errors="replace").strip()
     found = {
         int(match[1]): file
         for file in (step.iterdir() if step.is_dir() else ())
@@ -181,12 +183,9 @@ def find_rank_files(path: str | Path) -> tuple[list[Path], dict[str, Any]]:
     described: dict[str, Any] = {}
     for file in (folder / "model_config.json", step.parent / "model_config.json"):
         if file.is_file():
-            try:
-                described = json.loads(file.read_text(encoding="utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
+            described = _read_description(file)
             break
-    count = max(*found, int(described.get("model_parallel_size", 1)) - 1) + 1 if found else 0
+    count = max(*found, described.get("model_parallel_size", 1) - 1) + 1
     missing = [f"mp_rank_{rank:02}_model_states.pt" for rank in range(count) if rank not in found]
     if missing:
         raise CheckpointError(
@@ -194,6 +193,29 @@ def find_rank_files(path: str | Path) -> tuple[list[Path], dict[str, Any]]:
             f"({', '.join(missing[:3])}); fetch them too"
         )
     return [found[rank] for rank in sorted(found)], described
+
+
+def _read_description(file: Path) -> dict[str, Any]:
+    """model_config.json, with counts where it names any.
+
+    Raises:
+        CheckpointError: it is not JSON, or a count in it is none.
+    """
+    try:
+        described: Any = json.loads(file.read_text(encoding="utf-8"))
+        towers = described.get("eva_args") or {}
+        counts = {
+            "model_parallel_size": described.get("model_parallel_size", 1),
+            "num_attention_heads": described.get("num_attention_heads", 1),
+            "num_attention_heads of eva_args": towers.get("num_attention_heads", 1),
+        }
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read as SAT's JSON: {error}") from None
+    for name, count in counts.items():
+        if type(count) is not int or not 1 <= count <= _MOST:
+            raise CheckpointError(f"{file}: {name} is {count!r}, expected 1 to {_MOST}")
+    found: dict[str, Any] = described
+    return found
 
 
 def _map(file: Path) -> dict[str, torch.Tensor]:
@@ -210,13 +232,20 @@ def _map(file: Path) -> dict[str, torch.Tensor]:
         np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
         type(np.dtype(np.uint32)),
     ]
+    if not zipfile.is_zipfile(file):
+        raise CheckpointError(
+            f"{file}: damaged or incomplete, no archive as torch.save writes; fetch it again (a "
+            "file of torch before 1.6 must be saved anew)"
+        )
     try:
         with torch.serialization.safe_globals(harmless):
             loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's own words advise to load it all the same.
+        named = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{file}: holds Python objects that could run code ({str(error).splitlines()[0]}); "
-            "expected tensors and plain values only"
+            f"{file}: holds Python objects that could run code"
+            f"{f' ({named[1]})' if named else ''}; expected tensors and plain values only"
         ) from None
     except (RuntimeError, OSError, ValueError, EOFError) as error:
         raise CheckpointError(
@@ -245,6 +274,8 @@ def _parts(ranks: list[_Rank]) -> dict[str, str]:
                 f"{ranks[0].file}: {name} is 4-bit; expected 16 or 32 bits (merge the QLoRA run "
                 "with SAT first, or convert the checkpoint it started from)"
             )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{ranks[0].file}: {name} is of {tensor.dtype}, expected floats")
         ours = released_name(name)
         if ours is None:
             raise CheckpointError(f"{ranks[0].file}: {name} is no tensor of a CogVLM")
@@ -359,5 +390,10 @@ def _config(
     except KeyError as error:
         raise CheckpointError(
             f"{ranks[0].file}: no tensor for {error.args[0]}; expected a SAT checkpoint of CogVLM"
+        ) from None
+    except IndexError:
+        raise CheckpointError(
+            f"{ranks[0].file}: a single number where a matrix or vector belongs; expected a SAT "
+            "checkpoint of CogVLM"
         ) from None
     return make_config(fields, where=str(ranks[0].file))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from cogvlm_sft import CheckpointError, CogVLMForCausalLM, Recipe, train
 from cogvlm_sft.checkpoint import merge as merging
@@ -133,6 +134,21 @@ def test_mistakes(make_recipe: MakeRecipe, base: Path, tmp_path: Path) -> None:
     (snapshot / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="changes the base's weights"):
         merge(snapshot, tmp_path / "out")
+    settings["init_lora_weights"], settings["base_model_name_or_path"] = True, 5
+    (snapshot / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="names no base checkpoint"):
+        merge(snapshot, tmp_path / "out")
+    weights = load_file(snapshot / "adapter_model.safetensors")
+    dropped = next(name for name in weights if ".lora_B." in name)
+    module = dropped.partition(".lora_B")[0]
+    half = {name: tensor for name, tensor in weights.items() if name != dropped}
+    save_file(half, snapshot / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="no lora_B for "):
+        merge(snapshot, tmp_path / "out", base=base)
+    rest = {name: tensor for name, tensor in weights.items() if not name.startswith(module)}
+    save_file(rest, snapshot / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="though target_modules"):
+        merge(snapshot, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
 
 
