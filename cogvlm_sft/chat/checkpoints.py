@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from cogvlm_sft.checkpoint.adapter import named_checkpoint
 from cogvlm_sft.training.snapshots import snapshot_step, snapshots
 
 RUN = "run"
@@ -42,6 +43,4 @@ def _base(folder: Path) -> Path | None:
     named = tree.get("model", {}).get("checkpoint") if isinstance(tree, dict) else None
     if not isinstance(named, str):
         return None
-    # Recipes name paths relative to where the training was started, which may be elsewhere now.
-    places = [Path(named), *(parent / named for parent in folder.resolve().parents)]
-    return next((place for place in places if (place / "config.json").is_file()), None)
+    return named_checkpoint(named, folder)

@@ -74,15 +74,27 @@ def base_of(folder: Path, base: str | Path | None = None) -> Path:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG} names no base checkpoint (found {named!r}); give its folder"
         )
-    path = Path(named)
-    if not path.is_dir():
+    path = named_checkpoint(str(named), folder) if base is None else Path(base)
+    if path is None or not path.is_dir():
         raise CheckpointError(
-            f"{folder}: its base checkpoint {path} does not exist here; expected a folder in the "
-            f"released layout. Run where the training ran, or name the folder as base"
+            f"{folder}: its base checkpoint {named} does not exist here; expected a folder in the "
+            "released layout. Run where the training ran, or name the folder (`checkpoint merge "
+            "--base`, `load_model(base=…)`)"
         )
     if is_adapter(path):
         raise CheckpointError(f"{path}: a base must be a whole checkpoint, this is an adapter")
     return path
+
+
+def named_checkpoint(name: str, folder: Path) -> Path | None:
+    """A checkpoint that a run's files name, from wherever one stands now; None where it is gone.
+
+    Args:
+        name: as written there, relative to where the training was started.
+        folder: of the run, which mostly lies below that place.
+    """
+    places = [Path(name), *(parent / name for parent in folder.resolve().parents)]
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def adapter_keys(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -19,12 +19,12 @@ def explain(
         source: file of the tree.
         overridden: `key.sub=value` strings that were applied to it.
     """
-    lines = []
+    lines, last_first = [], list(overridden)[::-1]  # of two for one key the last one counts
     for item in error.errors():
         location = tuple(item["loc"])
         dotted = ".".join(str(part) for part in location if part != "[key]")
         where = next(
-            (f"override {text!r}" for text in overridden if _same_key(text, dotted)), source
+            (f"override {text!r}" for text in last_first if _same_key(text, dotted)), source
         )
         if item["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown key {dotted!r}; {_nearest(location, schema)}")
@@ -47,7 +47,8 @@ def _wanted(item: Mapping[str, Any]) -> str:
     if item["type"] in ("too_short", "too_long"):
         limits = item["ctx"]
         bound = limits.get("min_length", limits.get("max_length"))
-        return f"{bound} item(s), found {limits['actual_length']}"
+        least = "at least " if item["type"] == "too_short" else ""
+        return f"{least}{bound} item(s), found {limits['actual_length']}"
     message: str = item["msg"]
     return message.removeprefix("Input should be ").removeprefix("a valid ")
 

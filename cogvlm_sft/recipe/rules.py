@@ -93,6 +93,12 @@ def _check_tuning(recipe: Recipe) -> None:
     model, tune, source = recipe.model, recipe.tune, recipe.source
     for name, group in tune.groups().items():
         key = f"{source}: tune.{name}"
+        if group.mode == "frozen" and group.rate is not None:
+            raise RecipeError(
+                f"{key}.rate is {group.rate:g}, but tune.{name}.mode is frozen, so nothing would "
+                f"learn at it; remove the rate (tune.{name}.rate=null), or set the mode to full or "
+                "lora"
+            )
         for option in ("rank", "alpha", "dropout", "variant"):
             if group.mode != "lora" and getattr(group, option) is not None:
                 raise RecipeError(

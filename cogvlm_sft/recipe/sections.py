@@ -28,7 +28,7 @@ RecipePath = Annotated[Path, Field(strict=False)]
 class Section(BaseModel):
     """A closed, strictly typed part of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class QuantizeSection(Section):
@@ -126,7 +126,7 @@ class GroupTuning(Section):
     Attributes:
         mode: `frozen`; `full` to train every weight of it; or `lora` to train low-rank factors
             beside each of its linears, the rest of the group frozen.
-        rate: multiple of train.learning_rate.
+        rate: multiple of train.learning_rate, 1 by default; not with mode `frozen`.
         rank: of the factors, with mode `lora` only, as are the keys below; 16 by default.
         alpha: scale of the factors' product, alpha / rank; twice the rank by default.
         dropout: on the factors' input; 0 by default.
@@ -136,7 +136,7 @@ class GroupTuning(Section):
     """
 
     mode: Literal["frozen", "full", "lora"] = "full"
-    rate: PositiveFloat = 1.0
+    rate: PositiveFloat | None = None
     rank: PositiveInt | None = None
     alpha: PositiveFloat | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -144,11 +144,15 @@ class GroupTuning(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _lora_defaults(cls, tree: Any) -> Any:
-        """With mode `lora` the defaults of its keys are written out, else they stay null."""
-        if not isinstance(tree, dict) or tree.get("mode") != "lora":
+    def _defaults_of_mode(cls, tree: Any) -> Any:
+        """The defaults of the keys that a mode has are written out; others stay null."""
+        if not isinstance(tree, dict):
             return tree
         given = {key: value for key, value in tree.items() if value is not None}
+        if given.get("mode", "full") != "frozen":
+            given.setdefault("rate", 1.0)
+        if given.get("mode") != "lora":
+            return given
         rank = given.get("rank", 16)
         alpha = 2 * rank if isinstance(rank, int) else None
         return {"rank": rank, "alpha": alpha, "dropout": 0.0, "variant": "lora", **given}
@@ -169,7 +173,11 @@ class TuneSection(Section):
 
     def trainable(self) -> dict[str, float]:
         """Rate of every group that learns, in the order of the fields."""
-        return {name: group.rate for name, group in self.groups().items() if group.mode != "frozen"}
+        return {
+            name: group.rate
+            for name, group in self.groups().items()
+            if group.mode != "frozen" and group.rate is not None
+        }
 
     def lora(self) -> dict[str, GroupTuning]:
         """The groups that learn by low-rank factors."""

@@ -7,6 +7,7 @@ On a CPU the sum was compared with the measured peak (`benchmarks/memory.py`, th
 docs/memory.md); on a GPU it has not been measured.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,9 +180,9 @@ def estimate(
         RecipeError: a number is not positive.
     """
     for name, value in (("gpus", gpus), ("nodes", nodes), ("gpu-memory", gpu_memory_gib)):
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise RecipeError(f"estimate: {name} is {value}; expected more than 0")
-    if not 0 < mfu <= 1 or peak_tflops <= 0:
+    if not 0 < mfu <= 1 or not 0 < peak_tflops < math.inf:
         raise RecipeError(
             f"estimate: mfu is {mfu} and peak-tflops {peak_tflops}; expected a share of 1 and more "
             "than 0"

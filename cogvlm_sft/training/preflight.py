@@ -79,7 +79,7 @@ def check_ready(recipe: Recipe, world_size: int) -> None:
     config = check("model.config", lambda: model_config(recipe)[0])
     if config is not None:
         _check_tokenizer(recipe, missing)
-        shortest = config.num_image_tokens + 2  # BOS before the image, one token behind it
+        shortest = config.num_image_tokens + 3  # BOS before it; an answer's token and EOS behind
         if data.max_length is not None and data.max_length < shortest:
             missing.append(
                 f"data.max_length: {data.max_length} is below the length of one image "
@@ -110,6 +110,10 @@ def check_ready(recipe: Recipe, world_size: int) -> None:
         missing.append(
             "model.attention: flash_attention_2 needs the package flash-attn; install it, or set "
             "sdpa, which trains with the FlashAttention-2 that torch ships"
+        )
+    if model.attention == "flex_attention" and not torch.cuda.is_available():
+        missing.append(
+            "model.attention: flex_attention has no backward pass on a CPU; set sdpa or eager"
         )
     service = recipe.train.report_to
     if service != "none" and not _installed(service):

@@ -45,7 +45,7 @@ from cogvlm_sft.training.preflight import (
 from cogvlm_sft.training.provenance import check_same_data, write_run_file
 from cogvlm_sft.training.row_index import dataset_of
 from cogvlm_sft.training.samplers import GlobalBatchSampler, batches_of
-from cogvlm_sft.training.samples import PromptSamples
+from cogvlm_sft.training.samples import PromptSamples, check_prompts
 from cogvlm_sft.training.services import service_run
 from cogvlm_sft.training.stopping import StopOnSignal, TrainingStopped, is_lost_process
 from cogvlm_sft.training.surroundings import deterministic, fresh_output, quiet
@@ -103,6 +103,8 @@ def train(recipe: Recipe) -> TrainResult:
     if resume_from is not None:
         check_same_data(recipe)
     processor = processor_for(recipe)
+    if recipe.evaluate is not None:
+        check_prompts(recipe.evaluate.prompts, processor, recipe.data.image_root)
     with deterministic(), quiet(), fresh_output(recipe.train.output, first):
         sources = [(source.path, source.weight) for source in recipe.data.train]
         dataset = dataset_of(recipe, processor, "train", sources)

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cogvlm_sft.conversation import resolve_image
+from cogvlm_sft.data.pictures import check_picture
+from cogvlm_sft.errors import ModelInputError, RecipeError
 from cogvlm_sft.evaluation.generate import Request, generate_answers
 from cogvlm_sft.model import CogVLMProcessor
 from cogvlm_sft.recipe import EvaluateSection, Prompt
@@ -71,6 +73,25 @@ class PromptSamples(TrainerCallback):
             tqdm.write(f"step {step}: {row['question']} -> {row['answer']}")
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "samples": rows}, ensure_ascii=False) + "\n")
+
+
+def check_prompts(prompts: Sequence[Prompt], processor: CogVLMProcessor, image_root: Path) -> None:
+    """Put every prompt into tokens now, and not when it is first asked, hours later.
+
+    Raises:
+        DataError: a picture is missing, damaged, or outside the image root.
+        RecipeError: a prompt's markers, picture and style do not fit each other.
+    """
+    for number, request in enumerate(prompt_requests(prompts, image_root)):
+        where = f"evaluate.prompts.{number}"
+        for picture in request.images:
+            check_picture(Path(str(picture)), where)
+        try:
+            processor.encode_prompt(
+                request.question, num_images=len(request.images), style=request.style
+            )
+        except ModelInputError as error:
+            raise RecipeError(f"{where}: {error}") from None
 
 
 def prompt_requests(prompts: Sequence[Prompt], image_root: Path) -> list[Request]:

@@ -52,6 +52,10 @@ def test_numbers_are_read_by_yaml_1_2(recipe_file: Path) -> None:
         ("evaluate.every=5", ["data.validation"]),
         ("train.iterations", ["key.sub=value"]),
         ("data.train.1.weight=2", ["'1'", "0 to 0"]),
+        ("data.train.0.weight=1e999", ["data.train.0.weight is inf", "finite"]),
+        ("train.learning_rate=1e999", ["train.learning_rate is inf", "finite"]),
+        ("data.train=[]", ["expected at least 1 item(s), found 0"]),
+        ("tune.vision_tower={mode: frozen, rate: 3}", ["rate is 3", "vision_tower.rate=null"]),
     ],
 )
 def test_mistakes_name_the_key_and_the_fix(
@@ -99,6 +103,19 @@ def test_overrides_reach_lists_and_absent_sections(recipe_file: Path) -> None:
     assert recipe.data.train[0].weight == 2.0
     assert recipe.evaluate is not None
     assert recipe.tune.adapter.rate == 2.0
+
+
+def test_of_two_settings_for_a_key_the_wrong_one_is_named(recipe_file: Path) -> None:
+    with pytest.raises(RecipeError, match=r"override 'train\.iterations=many'"):
+        load_recipe(recipe_file, ["train.iterations=5", "train.iterations=many"])
+
+
+def test_a_rate_is_left_out_where_nothing_learns(recipe_file: Path) -> None:
+    """Also where a setting freezes what the file gives a rate; and a frozen group has none."""
+    frozen = ["tune.language.rate=0.1", "tune.language.mode=frozen", "tune.language.rate=null"]
+    tune = load_recipe(recipe_file, frozen).tune
+    assert tune.language.rate is None and "language" not in tune.trainable()
+    assert tune.adapter.rate == 1.0
 
 
 def test_resolved_recipe_loads_back_equal(recipe_file: Path, tmp_path: Path) -> None:

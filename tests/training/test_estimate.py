@@ -71,7 +71,7 @@ QLORA_ROWS = {
     "the tower in 4 bits too": [
         "model.quantize={groups: [language, visual_expert, vision_tower]}",
     ],
-    "GLU frozen": ["tune.adapter.mode=frozen"],
+    "GLU frozen": ["tune.adapter={mode: frozen}"],
     "`optimizer: adamw`": ["train.optimizer=adamw"],
     "`variant: dora`": ["tune.language.variant=dora", "tune.visual_expert.variant=dora"],
     "micro-batch 4": ["train.micro_batch_size=4"],
@@ -201,5 +201,7 @@ def test_within_a_tenth_of_a_measured_process(case: str) -> None:
 
 
 def test_senseless_numbers_are_refused() -> None:
+    with pytest.raises(RecipeError, match="gpu-memory is nan; expected more than 0"):
+        estimate(load_recipe("chat"), gpus=1, gpu_memory_gib=float("nan"))
     with pytest.raises(RecipeError, match="nodes is 0; expected more than 0"):
         estimate(load_recipe("chat"), nodes=0)

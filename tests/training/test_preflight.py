@@ -302,6 +302,47 @@ def test_memory_is_judged_by_the_launchers_stage(
     assert (not found) == fits, found
 
 
+def test_flex_attention_does_not_train_on_a_cpu(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match=r"flex_attention has no backward pass on a CPU; set sdp"):
+        train(make_recipe(model__attention="flex_attention"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ({"question": "<image><image>?", "image": "00.png"}, r"prompts\.1: 2 <image> marker"),
+        ({"question": "<image>?"}, r"prompts\.1: 1 <image> marker"),
+        ({"question": "What?", "image": "00.png", "style": "text"}, "style 'text' takes no image"),
+        ({"question": "What?", "image": "cut.png"}, r"prompts\.1: image .*cut\.png cannot be de"),
+        ({"question": "What?", "image": "none.png"}, r"prompts\.1: image 'none\.png' is missing"),
+    ],
+)
+def test_prompts_are_looked_at_before_weights_are_read(
+    make_recipe: MakeRecipe,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: dict[str, str],
+    words: str,
+) -> None:
+    """They may first be asked hours later."""
+    images = tmp_path / "images"
+    shutil.copytree(world / "images", images)
+    (images / "cut.png").write_bytes((images / "00.png").read_bytes()[:50])
+    monkeypatch.delattr("cogvlm_sft.training.run.load_model")
+    recipe = make_recipe(
+        data__image_root=images,
+        evaluate__every=2,
+        evaluate__prompts=[{"question": "What colour is it?", "image": "00.png"}, prompt],
+    )
+    with pytest.raises((RecipeError, DataError), match=words):
+        train(recipe)
+    assert not recipe.train.output.exists()
+
+
 def test_flash_attention_wants_its_package(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

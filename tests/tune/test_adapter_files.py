@@ -260,6 +260,20 @@ def test_damaged_or_foreign_adapters(
         load_model(adapter)
 
 
+def test_a_base_named_from_where_the_training_ran(
+    adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe's paths are relative to the working directory, which is another one later."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "base").symlink_to(base)
+    settings(adapter, base_model_name_or_path="checkpoints/base")
+    monkeypatch.chdir(base)
+    load_model(adapter)
+    (tmp_path / "checkpoints" / "base").unlink()
+    with pytest.raises(CheckpointError, match=r"base checkpoint checkpoints/base does not exist"):
+        load_model(adapter)
+
+
 def test_a_base_that_is_an_adapter_is_refused(adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "other")
     with pytest.raises(CheckpointError, match="must be a whole checkpoint"):

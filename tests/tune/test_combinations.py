@@ -129,6 +129,7 @@ def test_two_groups_with_their_own_rank_scale_and_dropout(make_recipe: MakeRecip
     [
         ({"tune__visual_expert": {"mode": "full", "rank": 4}}, r"rank is 4, but .*mode is full"),
         ({"tune__language": {"mode": "frozen", "variant": "dora"}}, "variant belongs to mode lora"),
+        ({"tune__language": {"mode": "frozen", "rate": 0.1}}, r"rate is 0\.1, but .* is frozen"),
         (
             {
                 "tune__language": {"mode": "lora", "variant": "dora"},
