@@ -4,20 +4,25 @@
 CogVLM. Here its server is put together in this process around our loader (which reads adapters
 too), and the class is entered in the table that tells the server which models see pictures.
 Notable choices: a picture comes as bytes in a `data:` address and under the limits of the page;
-the server opens no file and no address that a client names (the stock one would do both). A
-temperature above 0 samples, as clients expect. Requests are answered one after the other.
+the server opens no file and no address that a client names (the stock one would do both), and no
+client hands in a chat template. A temperature above 0 samples, as clients expect, and a prompt that
+does not fit the model's positions is refused as in the chat. Requests are answered one after the
+other.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from cogvlm_sft.allocator import return_freed_memory
 from cogvlm_sft.chat.limits import MAX_FILE_BYTES, check_question, read_data_url, refuse_markers
-from cogvlm_sft.chat.session import open_chat
+from cogvlm_sft.chat.request_body import check_body
+from cogvlm_sft.chat.session import open_chat, room_for_answer
 from cogvlm_sft.errors import CogVLMSFTError, DataError
 
 # One picture in base64 and its conversation; a longer body is not read at all.
 _MAX_BODY_BYTES = MAX_FILE_BYTES * 4 // 3 + 2**20
+_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 _INSTALL = "pip install 'cogvlm-sft[serve]'"
 
 
@@ -63,6 +68,15 @@ def build_app(
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["cogvlm"] = "CogVLMForCausalLM"
     chat = open_chat(checkpoint, tokenizer=tokenizer, quantize=quantize)
 
+    generate = chat.model.generate
+
+    def generate_in_bounds(**inputs: Any) -> Any:
+        config = inputs["generation_config"]
+        config.max_new_tokens = min(config.max_new_tokens, room_for_answer(chat.model, inputs))
+        return generate(**inputs)
+
+    chat.model.generate = generate_in_bounds
+
     class Manager(ModelManager):
         """Knows one model, and loads nothing that a client names."""
 
@@ -101,26 +115,49 @@ def build_app(
                 config.do_sample = True
             return config
 
-    class Chats(Pictures, ChatCompletionHandler):
+    class Bounded:
+        """Refuses before a stream begins: what is said inside of one is lost on OpenAI's client."""
+
+        def _streaming(self, *arguments: Any, **options: Any) -> Any:
+            for inputs in arguments:
+                if isinstance(inputs, Mapping) and "input_ids" in inputs:
+                    room_for_answer(chat.model, inputs)
+            return super()._streaming(*arguments, **options)  # type: ignore[misc]
+
+    class Chats(Pictures, Bounded, ChatCompletionHandler):
         async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-            if "messages" not in body:
+            check_body(body)
+            if not body.get("messages"):
                 raise DataError("the request holds no messages")
             return await super().handle_request(body, request_id)
 
-    class Responses(Pictures, ResponseHandler):
-        pass
+    class Responses(Pictures, Bounded, ResponseHandler):
+        async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+            check_body(body)
+            # As OpenAI's own: the stock one streams to clients that did not ask for it.
+            return await super().handle_request({"stream": False, **body}, request_id)
+
+    class Completions(Bounded, CompletionHandler):
+        async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+            check_body(body)
+            return await super().handle_request(body, request_id)
 
     manager = Manager(force_model=name, device=str(chat.model.device))
     state = GenerationState()
     app = build_server(
         manager,
         Chats(manager, state),
-        completion_handler=CompletionHandler(manager, state),
+        completion_handler=Completions(manager, state),
         response_handler=Responses(manager, state),
         transcription_handler=TranscriptionHandler(manager, state),
         systemone_handler=SystemOneHandler(manager, state),
         generation_state=state,
     )
+
+    # What a CogVLM does not do, other models, and a page whose scripts come from the network.
+    app.router.routes[:] = [
+        route for route in app.router.routes if getattr(route, "path", "") in _PATHS
+    ]
 
     # A refusal in OpenAI's form: their client shows no message in another one.
     def refusal(message: str, status: int) -> Any:

@@ -7,7 +7,7 @@ model's positions is refused with both numbers, since the model would answer non
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -143,18 +143,35 @@ class Chat:
             style=self.style,
         )
         inputs = self.processor.pad([prompt], side="left")
-        positions = int(build_position_ids(inputs["token_type_ids"]).max()) + 1
-        most = self.model.config.max_position_embeddings
-        if positions + 1 > most:
-            raise DataError(
-                f"the conversation needs {positions:,} positions, the model has {most:,}; shorten "
-                "the question, or begin anew"
-            )
+        room = room_for_answer(self.model, inputs)
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         if self.picture is not None:
             pixels = self.processor.image_processor([self.picture], return_tensors="pt")
             inputs["pixel_values"] = pixels["pixel_values"].to(self.model.device, self.model.dtype)
-        return inputs, most - positions
+        return inputs, room
+
+
+def room_for_answer(model: CogVLMForCausalLM, inputs: Mapping[str, torch.Tensor]) -> int:
+    """How many of the model's positions a prompt leaves.
+
+    Args:
+        model: For its number of positions.
+        inputs: One row with `input_ids`, and `token_type_ids` where there are pictures.
+
+    Raises:
+        DataError: None; an answer would be nonsense.
+    """
+    types = inputs.get("token_type_ids")
+    if types is None:
+        types = torch.zeros_like(inputs["input_ids"])
+    positions = int(build_position_ids(types).max()) + 1
+    most = model.config.max_position_embeddings
+    if positions + 1 > most:
+        raise DataError(
+            f"the conversation needs {positions:,} positions, the model has {most:,}; shorten the "
+            "question, or begin anew"
+        )
+    return most - positions
 
 
 class _Stop(StoppingCriteria):

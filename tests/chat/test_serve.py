@@ -146,6 +146,69 @@ def test_refusals_are_said_and_the_server_goes_on(
     assert reply.choices
 
 
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0, expected a whole number from 1"),
+        ({"max_completion_tokens": "x"}, "max_completion_tokens is 'x'"),
+        ({"temperature": -1}, "temperature is -1, expected 0 to 2"),
+        ({"top_p": 0}, "top_p is 0, expected above 0 to 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"n": 2}, "n is 2; one answer"),
+        ({"stop": ["."]}, "'stop' is not offered"),
+        ({"logprobs": True}, "'logprobs' is not offered"),
+        ({"tools": [{"type": "function"}]}, "'tools' is not offered"),
+        ({"response_format": {"type": "json_object"}}, "'response_format' is not offered"),
+        ({"generation_config": "{"}, "'generation_config' is not offered"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "'chat_template_kwargs' is not"),
+    ],
+)
+def test_fields_are_looked_at(client: Any, field: dict[str, Any], message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.chat.completions.create(
+            model="cogvlm", messages=_asked(None, "7?"), extra_body={"max_tokens": 2, **field}
+        )
+    neutral = {
+        "n": 1,
+        "logprobs": False,
+        "presence_penalty": 0,
+        "response_format": {"type": "text"},
+    }
+    assert client.chat.completions.create(
+        model="cogvlm", messages=_asked(None, "7?"), max_tokens=2, **neutral
+    ).choices
+
+
+def test_only_what_a_cogvlm_does_is_served(client: Any) -> None:
+    server = str(client.base_url).removesuffix("/v1/")
+    for path in ("/load_model", "/reset", "/v1/audio/transcriptions", "/docs", "/openapi.json"):
+        assert httpx.post(server + path, json={"model": "gpt2"}).status_code == 404
+    assert httpx.get(f"{server}/health").json() == {"status": "ok"}
+
+
+def test_a_prompt_without_room_is_refused_and_an_answer_ends_in_time(client: Any) -> None:
+    long = [{"role": "user", "content": "What digit is this? " * 60}]
+    with pytest.raises(openai.BadRequestError, match="positions, the model has 256"):
+        client.chat.completions.create(model="cogvlm", messages=long)
+    with pytest.raises(openai.BadRequestError, match="positions, the model has 256"):
+        client.completions.create(model="cogvlm", prompt="What digit is this? " * 60)
+    with pytest.raises(openai.BadRequestError, match="positions, the model has 256"):
+        client.chat.completions.create(model="cogvlm", messages=long, stream=True)
+    reply = client.chat.completions.create(
+        model="cogvlm", messages=_asked(None, "7?"), max_tokens=10**9
+    )
+    assert reply.usage.total_tokens <= 256
+
+
+def test_responses_come_whole_unless_streams_are_asked_for(client: Any) -> None:
+    reply = client.responses.create(model="cogvlm", input="What digit is this?")
+    events = client.responses.create(model="cogvlm", input="What digit is this?", stream=True)
+    streamed = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(streamed) == reply.output_text
+    with pytest.raises(openai.BadRequestError, match="no messages"):
+        client.chat.completions.create(model="cogvlm", messages=[])
+
+
 def test_a_body_without_messages_or_without_bounds_is_refused(client: Any) -> None:
     address = f"{client.base_url}chat/completions"
     reply = httpx.post(address, json={"model": "cogvlm"})
