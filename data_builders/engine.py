@@ -72,10 +72,19 @@ def _process_map(workers: int, make: Make, given: tuple[Any, ...]) -> Iterator[M
         workers, mp_context=get_context("spawn"), initializer=_start, initargs=(make, given)
     )
 
+    def submit(item: Any) -> Future[Any]:
+        # A task may start a worker. It inherits the blocked signal: Ctrl-C reaches every process,
+        # the parent decides, and no worker dies of it, not even while it still imports.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return pool.submit(_work, item)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def over(items: Iterable[Any]) -> Iterator[Any]:
         waiting: deque[Future[Any]] = deque()
         for item in items:
-            waiting.append(pool.submit(_work, item))
+            waiting.append(submit(item))
             while len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -94,7 +103,6 @@ def _process_map(workers: int, make: Make, given: tuple[Any, ...]) -> Iterator[M
 
 def _start(make: Make, given: tuple[Any, ...]) -> None:
     global _stage
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     threading.Thread(target=_follow_parent, daemon=True).start()
     _stage = make(*given)
 

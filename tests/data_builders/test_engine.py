@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,20 @@ def in_pieces(monkeypatch):
 
 def digest(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+class BlockedStage:
+    """Tells whether its process would notice Ctrl-C."""
+
+    def run(self, item):
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_workers_never_notice_ctrl_c():
+    """Not while they start either, when no handler of ours is in place yet."""
+    with stage_map("local", 2, BlockedStage) as over:
+        assert list(over(range(8))) == [True] * 8
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.slow
