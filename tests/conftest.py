@@ -58,6 +58,7 @@ def browser() -> Iterator[Any]:
 def page(browser: Any) -> Iterator[Any]:
     """A fresh page; an error in its script fails the test."""
     context = browser.new_context(viewport={"width": 1200, "height": 900})
+    context.set_default_timeout(180_000)  # ms; half a minute is little on a busy machine
     opened = context.new_page()
     errors: list[str] = []
     opened.on("pageerror", lambda error: errors.append(str(error)))

@@ -207,18 +207,21 @@ def _train_to_the_end(
             f"{output}: cannot be written: {error.strerror}; with more room the same command goes "
             f"on {_from_where(output)}"
         ) from error
+    else:
+        progress.close()
+        step = trainer.state.global_step
+        if step < recipe.train.iterations:
+            snapshot = snapshots.snapshot_folder(output, step)
+            # Said before the signals are given back: a launcher ends the others with the first.
+            if launch.rank() == 0:
+                print(
+                    f"stopped after step {step}; the same command goes on from {snapshot}",
+                    file=sys.stderr,
+                )
+            raise TrainingStopped(stop.received or 0, step, snapshot)
     finally:
         stop.restore()
         progress.close()
-    step = trainer.state.global_step
-    if step < recipe.train.iterations:
-        snapshot = snapshots.snapshot_folder(output, step)
-        if launch.rank() == 0:
-            print(
-                f"stopped after step {step}; the same command goes on from {snapshot}",
-                file=sys.stderr,
-            )
-        raise TrainingStopped(stop.received or 0, step, snapshot)
 
 
 def _from_where(output: Path) -> str:

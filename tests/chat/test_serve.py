@@ -211,7 +211,7 @@ def test_responses_come_whole_unless_streams_are_asked_for(client: Any) -> None:
 
 def test_a_body_without_messages_or_without_bounds_is_refused(client: Any) -> None:
     address = f"{client.base_url}chat/completions"
-    reply = httpx.post(address, json={"model": "cogvlm"})
+    reply = httpx.post(address, json={"model": "cogvlm"}, timeout=60)
     assert reply.status_code == 400
     assert reply.json()["error"]["message"] == "the request holds no messages"
     # Refused by its header: of the body nothing is sent.

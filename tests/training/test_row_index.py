@@ -1,6 +1,5 @@
 """Records are read and encoded by one process, once; others and resumed runs take its index."""
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,16 +54,19 @@ def test_the_index_gives_the_same_data_set(
         assert one["input_ids"] == other["input_ids"] and one["pictures"] == other["pictures"]
 
 
-def test_other_processes_wait_for_it(
-    recipe: Recipe, first: ConversationDataset, monkeypatch: pytest.MonkeyPatch, unread: None
-) -> None:
+def waiting(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process, for which the index comes after it has looked for it in vain."""
     (file,) = recipe.train.output.glob("rows-*")
     away = file.rename(file.with_name("elsewhere"))
     monkeypatch.setenv("RANK", "1")
-    timer = threading.Timer(0.5, away.rename, [file])
-    timer.start()
+    monkeypatch.setattr(row_index.time, "sleep", lambda _: away.rename(file))
+
+
+def test_other_processes_wait_for_it(
+    recipe: Recipe, first: ConversationDataset, monkeypatch: pytest.MonkeyPatch, unread: None
+) -> None:
+    waiting(recipe, monkeypatch)
     assert make(recipe).lengths == first.lengths
-    timer.join()
 
 
 def test_other_processes_do_not_wait_for_a_dead_one(
@@ -102,14 +104,9 @@ def test_a_process_that_sees_other_data_says_so(
     make_recipe: MakeRecipe, first: ConversationDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = make_recipe()  # as `recipe`, but for the weight
-    (file,) = other.train.output.glob("rows-*")
-    away = file.rename(file.with_name("elsewhere"))
-    monkeypatch.setenv("RANK", "1")
-    timer = threading.Timer(0.5, away.rename, [file])
-    timer.start()
+    waiting(other, monkeypatch)
     with pytest.raises(DataError, match="process 1 finds other conversations"):
         make(other)
-    timer.join()
 
 
 def test_other_settings_or_a_damaged_index_read_again(
