@@ -153,7 +153,7 @@ class CogVLMAttention(nn.Module):
             fused.append(apply_linear(self.vision_expert_query_key_value, parts[1]))
         query, key, value = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for part in routing.scatter(torch.cat(fused)).split(self.widths, dim=-1)
+            for part in routing.scatter(*fused).split(self.widths, dim=-1)
         )
         assert angles is not None
         cosine, sine = (part.to(query.dtype) for part in angles)

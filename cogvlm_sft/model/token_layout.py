@@ -105,13 +105,18 @@ class Routing(NamedTuple):
         flat = tokens.reshape(self.batch * self.length, -1)
         return flat if self.order is None else gather_rows(flat, self.order)
 
-    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
-        """(rows, width) to (batch, length, width), zero at padding."""
-        if self.order is not None:
-            whole = rows.new_zeros(self.batch * self.length, rows.shape[-1])
-            # With layers spread over devices the last rows are not where the batch is.
-            rows = whole.index_copy(0, self.order.to(rows.device), rows)
-        return rows.view(self.batch, self.length, -1)
+    def scatter(self, *parts: torch.Tensor) -> torch.Tensor:
+        """(rows, width), or consecutive parts of it, to (batch, length, width), 0 at padding."""
+        if self.order is None:
+            return torch.cat(parts).view(self.batch, self.length, -1)
+        # With layers spread over devices the last rows are not where the batch is.
+        order = self.order.to(parts[0].device)
+        places = self.batch * self.length
+        make = parts[0].new_empty if order.numel() == places else parts[0].new_zeros
+        whole = make(places, parts[0].shape[-1])
+        for part, at in zip(parts, order.split([len(part) for part in parts]), strict=True):
+            whole.index_copy_(0, at, part)
+        return whole.view(self.batch, self.length, -1)
 
     def split(self, rows: torch.Tensor) -> Parts:
         """The language expert's rows and the visual one's."""
