@@ -1,5 +1,7 @@
 """The loader: pictures a second against bare Pillow, and how long a training step waits for it.
 
+At the demo's model, pictures and batch, and at 224 and 490 px from JPEGs of 1,280 by 960.
+
 python -m benchmarks.loader [--pictures N] [--threads N] [--workers N]
 """
 
@@ -22,6 +24,7 @@ from benchmarks.models import MEDIUM, RESULTS, build, processor_for
 from cogvlm_sft.data.collator import CogVLMCollator
 from cogvlm_sft.data.mixture import ConversationDataset
 from cogvlm_sft.data.pictures import read_picture
+from cogvlm_sft.recipe import load_recipe
 
 
 def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
@@ -57,17 +60,26 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     rows: list[dict[str, Any]] = []
+    demo = load_recipe("demo/pretrain")
+    assert demo.model.config is not None
+    cases: list[tuple[dict[str, Any], tuple[int, int], int]] = [
+        (demo.model.config, (56, 56), demo.train.micro_batch_size),
+    ]
     for side, patches in ((224, 257), (490, 1226)):
         vision = {**MEDIUM["vision_config"], "image_size": side, "num_positions": patches}  # type: ignore[dict-item]
-        model = build({**MEDIUM, "vision_config": vision})
+        cases.append(({**MEDIUM, "vision_config": vision}, (1280, 960), 2))
+    for fields, size, batch in cases:
         with tempfile.TemporaryDirectory() as name:
-            rows.append(_measure(given, model, side, Path(name)))
+            rows.append(_measure(given, build(fields), size, batch, Path(name)))
     report("loader", rows, RESULTS)
 
 
-def _measure(given: argparse.Namespace, model: Any, side: int, folder: Path) -> dict[str, Any]:
+def _measure(
+    given: argparse.Namespace, model: Any, size: tuple[int, int], batch_size: int, folder: Path
+) -> dict[str, Any]:
     processor = processor_for(model.config)
-    path = write_pictures(folder, given.pictures, (1280, 960))
+    side = model.config.vision_config.image_size
+    path = write_pictures(folder, given.pictures, size)
     sources = [(path, 1.0)]
     plain = ConversationDataset(sources, processor, folder)
     reduced = ConversationDataset(sources, processor, folder, reduced_decode=True)
@@ -94,13 +106,18 @@ def _measure(given: argparse.Namespace, model: Any, side: int, folder: Path) -> 
         ).mean()
         for file in files[:4]
     ]
+    steps = 6
+    numbers = [n % given.pictures for n in range((steps + 2) * batch_size)]
     loader = DataLoader(
-        plain, batch_size=2, collate_fn=CogVLMCollator(processor), num_workers=given.workers
+        plain,
+        batch_size=batch_size,
+        sampler=numbers,
+        collate_fn=CogVLMCollator(processor),
+        num_workers=given.workers,
     )
     waited = worked = 0.0
     batches = iter(loader)
     next(batches)  # workers start here
-    steps = min(6, len(loader) - 2)
     for _ in range(steps):
         started = time.perf_counter()
         batch = next(batches)
@@ -111,6 +128,8 @@ def _measure(given: argparse.Namespace, model: Any, side: int, folder: Path) -> 
         worked += time.perf_counter() - arrived
     return {
         "side": side,
+        "picture": f"{size[0]} x {size[1]}",
+        "batch": batch_size,
         "pillow pictures/s": given.pictures / times.median("pillow"),
         "ours pictures/s": given.pictures / times.median("ours"),
         "ours / pillow cpu": 1 / times.ratio("pillow", "ours")["cpu"],

@@ -48,7 +48,7 @@ class BatchReport:
         return (
             f"a step holds {self.conversations:,} conversations about {self.pictures:,.1f} "
             f"pictures, {self.tokens:,.0f} tokens; the largest micro-batch has {self.largest:,}; "
-            f"padding {self.padding:.1%}, processes idle {self.idle:.1%}"
+            f"padding {self.padding:.1%} (stored, not computed), processes idle {self.idle:.1%}"
         )
 
 
