@@ -3,10 +3,10 @@
 Rules, each from how the released sets fail their users: only what is blank at the ends goes, inner
 newlines stay; Unicode is NFC; control markers of other templates (`</s>`, `<EOI>`, `[INST]`, a
 literal `<image>`), in any case and spacing, never survive in a text, because the released CogVLM
-strips them from prompts but trains on them in answers; a leading answer or a trailing question is
-cut, an empty round is taken out. Every repair is counted under a name, every drop has a reason:
-nothing vanishes silently. A text is a plain string and a dialogue a flat list, since this runs once
-per turn of a build.
+strips them from prompts but trains on them in answers, and no line of an answer begins with the
+prompt's own `Question:`; a leading answer or a trailing question is cut, an empty round is taken
+out. Every repair is counted under a name, every drop has a reason: nothing vanishes silently. A
+text is a plain string and a dialogue a flat list, since this runs once per turn of a build.
 """
 
 import re
@@ -30,6 +30,7 @@ _CONTROL = re.compile(
     rf"|\[{_GAP}/?{_GAP}INST{_GAP}\])[ \t]*",
     re.IGNORECASE,
 )
+_LABEL = re.compile(r"^(?:[ \t]*Question:)+[ \t]*", re.MULTILINE)
 _NESTED = 16  # a text of more markers inside each other is no text
 _REFUSAL = re.compile(r"\bas an ai\b|message is empty")
 _OF_THE_PROMPT = (
@@ -53,7 +54,7 @@ def clean_question(text: str) -> str:
 
 
 def clean_answer(text: str, notes: Counter[str]) -> str:
-    """An answer without control markers, ends stripped.
+    """An answer without control markers and without `Question:` where a line begins, stripped.
 
     Args:
         text: As released.
@@ -61,7 +62,11 @@ def clean_answer(text: str, notes: Counter[str]) -> str:
     """
     if ("<" in text or "[" in text) and _CONTROL.search(text):
         notes["control_marker_removed"] += 1
-    return _plain(text)
+    plain = _plain(text)
+    if "Question:" in plain and _LABEL.search(plain):
+        notes["question_label_removed"] += 1
+        plain = _LABEL.sub("", plain).strip()
+    return plain
 
 
 def flags_of(text: str) -> list[str]:

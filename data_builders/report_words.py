@@ -60,6 +60,7 @@ _REPAIRS = {
     "leading_answer_removed": "answer before the first question taken out",
     "marker_added": "picture marker added",
     "marker_moved_or_merged": "picture marker put in its place",
+    "question_label_removed": "the prompt's own “Question:” taken out of an answer's line",
     "split_unknown": "entered though nothing says whether it is held out",
     "trailing_question_removed": "last question without an answer taken out",
 }

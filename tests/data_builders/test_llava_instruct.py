@@ -177,9 +177,9 @@ def test_what_released_rows_do_not_hold_but_other_files_do(coco, run, tmp_path):
     assert texts == {
         0: ["<image>\nq", "a"],
         1: ["hi", "a"],
-        2: ["<image>\nQuiz?", "Yes.\nQuestion: And then? Answer: No."],
-        3: ["<image>\nAnswers in full?", "Question: In full? Answer: It does."],
-        4: ["<image>\nAsks back?", "Question: What?"],
+        2: ["<image>\nQuiz?", "Yes.\nAnd then? Answer: No."],
+        3: ["<image>\nAnswers in full?", "In full? Answer: It does."],
+        4: ["<image>\nAsks back?", "What?"],
         5: ["<image>\nInstructed?", "Yes and no"],
         6: ["<image>\nNested?", "a b"],  # the halves do not join
         7: ["<image>\nOf captions?", "As an AI, I see no mention of it."],

@@ -26,11 +26,13 @@ from data_builders.clean import (
         ("<|im_end|>a<|endoftext|>", "a"), ("<im_start>a<image>", "a"), ("</s></S>\n<EOI>", ""),
         ("\u200b\ufeff \u3000", ""), ("\ufeffcafe\u0301\u200b", "café"), ("a\r\nb\rc", "a\nb\nc"),
         ("1 < 2 and s > 1", "1 < 2 and s > 1"), ("<strong>a</strong>", "<strong>a</strong>"),
-        ("[INSTALL]", "[INSTALL]"), ("Yes.\nQuestion: what? Answer: that.", None),
+        ("[INSTALL]", "[INSTALL]"), ("Question:", ""), ("A Question: b", "A Question: b"),
+        ("Yes.\nQuestion: what? Answer: it.", "Yes.\nwhat? Answer: it."),
+        ("</s> Question: Question:why?", "why?"),
     ],
 )  # fmt: skip
 def test_what_is_left_of_an_answer(text, left):
-    assert clean_answer(text, Counter()) == (text if left is None else left)
+    assert clean_answer(text, Counter()) == left
 
 
 @pytest.mark.parametrize(
