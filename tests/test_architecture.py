@@ -93,6 +93,13 @@ def test_nothing_trusts_remote_code() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert getattr(node.value, "value", None) is False, path
+            # Not told, transformers asks on the terminal, and runs the code on "y".
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "AutoTokenizer.from_pretrained",
+                "AutoProcessor.from_pretrained",
+                "CogVLMProcessor.from_pretrained",
+            ):
+                assert "trust_remote_code" in {word.arg for word in node.keywords}, path
             if isinstance(node, ast.keyword) and node.arg == "weights_only":
                 assert getattr(node.value, "value", None) is True, path
 

@@ -143,12 +143,16 @@ def _fields(llama: LanguageModel, tokenizer: Any, extra: Mapping[str, Any]) -> d
         # As CogVLMProcessor chooses it.
         unknown = tokenizer.unk_token_id
         fields["pad_token_id"] = fields["eos_token_id"] if unknown is None else unknown
-    vision = dict(extra.get("vision_config") or {})
+    vision = extra.get("vision_config") or {}
+    if not isinstance(vision, Mapping):
+        raise CheckpointError(f"config.vision_config is {vision!r}, expected a mapping")
+    vision = dict(vision)
     if "num_positions" not in vision and {"image_size", "patch_size"} & vision.keys():
         defaults = CogVLMConfig().vision_config
         size = vision.get("image_size", defaults.image_size)
         patch = vision.get("patch_size", defaults.patch_size)
-        vision["num_positions"] = (size // patch) ** 2 + 1
+        if type(size) is int and type(patch) is int and patch > 0:  # others are named below
+            vision["num_positions"] = (size // patch) ** 2 + 1
     return {**fields, "vision_config": vision} if vision else fields
 
 

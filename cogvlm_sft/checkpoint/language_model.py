@@ -91,11 +91,12 @@ def _open_folder(folder: Path) -> LanguageModel:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
+    config = _config(raw, file)
     headers = read_headers(weight_files(folder))
     if raw.get("tie_word_embeddings"):
         headers.pop("lm_head.weight", None)
     return LanguageModel(
-        config=_config(raw, file),
+        config=config,
         shapes={name: header.shape for name, header in headers.items()},
         dtype=_matrix_dtype(headers),
         read=lambda name: read_tensor(name, headers[name]),
@@ -120,16 +121,19 @@ def _config(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
             f"{file}: {key} is {found!r}; a CogVLM's language model has {expected}"
         )
 
-    if raw.get("model_type") != "llama":
-        raise refuse("model_type", raw.get("model_type"), "'llama'")
+    if not isinstance(raw, dict) or raw.get("model_type") != "llama":
+        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        raise refuse("model_type", kind, "'llama'")
     missing = [
         key
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                     "num_attention_heads")
-        if not isinstance(raw.get(key), int)
+        if type(raw.get(key)) is not int or raw[key] < 1
     ]  # fmt: skip
     if missing:
-        raise CheckpointError(f"{file}: {', '.join(missing)} is missing; expected whole numbers")
+        raise CheckpointError(
+            f"{file}: {', '.join(missing)} is missing or below 1; expected whole numbers"
+        )
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
             raise refuse(key, True, "no biases")
@@ -138,10 +142,14 @@ def _config(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
         raise refuse("head_dim", raw["head_dim"], f"hidden_size / num_attention_heads = {size}")
     # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise refuse("rope_parameters", rope, "an object there, or none")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise refuse("rope_scaling", kind, "plain RoPE")
     theta = rope.get("rope_theta", raw.get("rope_theta", _ROPE_DEFAULT))
+    if not isinstance(theta, int | float):
+        raise refuse("rope_theta", theta, "a number there")
     kept = {
         key: raw[key]
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -187,6 +195,8 @@ def _open_gguf(file: Path) -> LanguageModel:
             "'llama'"
         )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
+        raise CheckpointError(f"{file}: holds no token_embd.weight, so no whole language model")
     raw = {
         "model_type": "llama",
         "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
@@ -227,9 +237,12 @@ def _open_gguf(file: Path) -> LanguageModel:
         return tensor if count is None else _halves_apart(tensor, count)
 
     def tokenizer() -> PreTrainedTokenizerBase:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True
-        )
+        try:
+            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # transformers raises anything on a file it cannot convert
+            raise CheckpointError(f"{file}: its tokenizer cannot be loaded: {error}") from None
         return loaded
 
     return LanguageModel(

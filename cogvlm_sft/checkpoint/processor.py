@@ -35,7 +35,14 @@ def load_processor(
         )
     if tokenizer is None and (folder / "processor_config.json").is_file():
         _check_tokenizer(folder)
-        processor: CogVLMProcessor = CogVLMProcessor.from_pretrained(folder, local_files_only=True)
+        try:
+            processor: CogVLMProcessor = CogVLMProcessor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except CheckpointError:
+            raise
+        except Exception as error:  # transformers and tokenizers raise anything on a damaged file
+            raise CheckpointError(f"{folder}: the processor {_why(error)}") from None
         return processor
     return build_processor(config, folder if tokenizer is None else tokenizer)
 
@@ -82,12 +89,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     _check_tokenizer(folder)
     try:
+        # Where this is left out, transformers asks on the terminal whether to run foreign code.
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True
+            folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
+    except Exception as error:  # as above
+        raise CheckpointError(f"{folder}: the tokenizer {_why(error)}") from None
     return loaded
+
+
+def _why(error: Exception) -> str:
+    if "trust_remote_code" in str(error):  # transformers' own words advise to run it
+        return "wants Python code of that folder, which is never run; give another tokenizer folder"
+    return f"cannot be loaded: {error}"
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -111,6 +111,8 @@ def _open(place: Path) -> tuple[Mapping[str, tuple[int, ...]], Read]:
             ) from None
         except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
             raise CheckpointError(f"{place}: cannot be read as torch weights: {error}") from None
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{place}: holds a {type(state).__name__}, expected a state dict")
         for key in ("state_dict", "module", "model"):
             if isinstance(state.get(key), dict):
                 state = state[key]

@@ -192,6 +192,10 @@ class CogVLMConfig(PreTrainedConfig):
             _check_values(self, "config", ("num_multi_query_heads",), "rms_norm_eps")
         if self.rope_theta is not None:
             _check_values(self, "config", (), "rope_theta")
+        if type(self.initializer_range) not in (int, float):
+            raise CheckpointError(
+                f"config: initializer_range is {self.initializer_range!r}, expected a number"
+            )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise CheckpointError(
                 f"config: pad_token_id is {self.pad_token_id}, expected 0 to {self.vocab_size - 1} "

@@ -187,6 +187,43 @@ def test_a_tied_head_is_refused() -> None:
         make_config({"tie_word_embeddings": True})
 
 
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "processor_config.json"])
+def test_python_code_of_a_folder_is_not_run_nor_asked_about(
+    checkpoint: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "foreign"
+    shutil.copytree(checkpoint, folder)
+    (folder / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    settings = json.loads((folder / place).read_text())
+    settings["auto_map"] = {
+        "AutoTokenizer": ["foreign.Own", "foreign.Own"],
+        "AutoProcessor": "foreign.Own",
+        "AutoImageProcessor": "foreign.Own",
+    }
+    settings["tokenizer_class"] = "Own"
+    (folder / place).write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # a person who says yes to everything
+    if place == "tokenizer_config.json":
+        with pytest.raises(CheckpointError, match="wants Python code of that folder"):
+            load_processor(folder)
+        with pytest.raises(CheckpointError, match="wants Python code of that folder"):
+            load_processor(checkpoint, folder)
+    else:
+        assert load_processor(folder).tokenizer("Hello")
+    load_model(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_tokenizer_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    (folder / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="the processor cannot be loaded"):
+        load_processor(folder)
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded"):
+        load_processor(checkpoint, folder)
+
+
 def test_positions_interpolated() -> None:
     torch.manual_seed(0)
     embedding = torch.randn(1 + 16 * 16, 8)
