@@ -195,7 +195,7 @@ def test_what_released_rows_do_not_hold_but_other_files_do(coco, run, tmp_path):
     assert report["read"] == len(records)
     assert report["repaired"] == {
         "control_marker_removed": 2, "flagged_refusal": 1, "flagged_speaks_of_the_prompt": 1,
-        "leading_answer_removed": 1, "marker_moved_or_merged": 2,
+        "leading_answer_removed": 1, "marker_moved_or_merged": 2, "question_label_removed": 3,
     }  # fmt: skip
 
 
