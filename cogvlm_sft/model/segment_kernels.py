@@ -162,6 +162,8 @@ def _cuda(
     plan: list[torch.Tensor],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if not query.shape[0]:  # nothing is read: FlashAttention cannot launch on no queries
+        return torch.empty_like(query), query.new_empty(query.shape[1], 0, dtype=torch.float32)
     own, shared = _calls(plan)
     output, sums = _flash(query, key, value, own, scale)
     if shared is None:
@@ -188,6 +190,8 @@ def _cuda_backward(
     plan: list[torch.Tensor],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if not query.shape[0]:
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     own, shared = _calls(plan)
     gradient = gradient.contiguous()
     grads = _flash_backward(gradient, query, key, value, output, sums, own, scale)

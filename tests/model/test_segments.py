@@ -100,6 +100,7 @@ def _scores(query, key, call, scale):
 
 
 def _stand_in(query, key, value, call, scale):
+    assert call.longest_queries, "the kernel would be launched on an empty grid"
     scores = _scores(query, key, call, scale)
     groups = query.shape[1] // key.shape[1]
     weights = scores.softmax(-1)
@@ -128,8 +129,6 @@ def test_the_gpu_calls_equal_the_dense_mask(run, heads):
     """Their bounds, rows and merging, with FlashAttention-2 written out in its place."""
     segments, starts = run
     inputs = tuple(part.float() for part in states(segments, starts, *heads))
-    if not len(inputs[0]):
-        return
     gradient = torch.randn(inputs[0].shape)
     expected = by("eager", segments, starts, inputs, gradient)
     plan = segment_kernels.cuda_plan(segments, starts, CPU)
