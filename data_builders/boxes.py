@@ -6,6 +6,7 @@ without keeping its shape, so thousandths of each side stay true. Data sets give
 width, height) in pixels; a box that is no box is a reason to drop, never a guess.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def look_up_size(finder: ImageFinder, name: Any) -> tuple[tuple[float, float] | 
         return None, reason
     file = Path(finder.root, path)
     try:
-        with Image.open(file) as image:  # the header alone; decoding is judged later, once
+        # the header alone; decoding is judged later, once
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
             width, height = image.size
             if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
                 width, height = height, width

@@ -197,6 +197,6 @@ class CheckStage:
         Args:
             paths: Relative to the root.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # corrupt EXIF and the like; the outcome says enough
+        # of corrupt EXIF and the like; the outcome says enough
+        with warnings.catch_warnings(action="ignore"):
             return [check_image(self.root / path, self.limits, self.hashed) for path in paths]

@@ -8,6 +8,7 @@ depends on time or machine.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import numpy as np
 import orjson
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cogvlm_sft.conversation import strip_marker
+from cogvlm_sft.conversation import resolve_image, strip_marker
+from cogvlm_sft.errors import DataError
 from data_builders.image_check import ImageFacts
 from data_builders.mix import Ledger
 from data_builders.report_charts import by_count, histogram, ranking, size_grid
 from data_builders.report_words import explain, explain_kind, explain_repair
-from data_builders.thumbnail import boxes_in, thumbnail
+from data_builders.thumbnail import Box, boxes_in, thumbnail
 from data_builders.token_count import counter_of
 
 SAMPLES = 24
@@ -231,11 +233,22 @@ def _samples(ledger: Ledger, records: Any, root: Path) -> list[dict[str, Any]]:
                     "turns": turns[:_TURNS],
                     "more": len(turns[_TURNS:]),
                     "pictures": list(
-                        filter(None, (thumbnail(root / i, boxes) for i in line["images"][:2]))
+                        filter(None, (_shown(root, name, boxes) for name in line["images"][:2]))
                     ),
                 }
             )
     return samples
+
+
+def _shown(root: Path, name: str, boxes: Sequence[Box]) -> str:
+    """A picture as a data URI; empty where it is missing, or a link that leads out of the root.
+
+    Builds that look at no pictures (`images.check: false`) have not found that out before.
+    """
+    try:
+        return thumbnail(resolve_image(root, name), boxes)
+    except DataError:
+        return ""
 
 
 def _short(text: str, length: int) -> str:

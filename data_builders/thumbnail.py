@@ -33,8 +33,7 @@ def thumbnail(path: Path, boxes: Sequence[Box] = ()) -> str:
         boxes: Drawn on it; thousandths of its sides.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.width * image.height > _LARGEST:
                 return ""
             image.draft("RGB", (SIDE, SIDE))  # JPEG only: decodes at a fraction of the size

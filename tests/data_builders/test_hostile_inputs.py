@@ -14,6 +14,8 @@ from PIL import Image
 from cogvlm_sft.errors import DataError
 from data_builders import archives
 from data_builders.archives import unpack
+from data_builders.build import build_recipe
+from data_builders.recipe import parse_recipe
 
 
 def jpeg(colour: int = 0) -> bytes:
@@ -204,3 +206,24 @@ def test_markup_in_every_foreign_text(run, root, picture, tmp_path, write_json, 
     assert page.locator("main script, main svg[onload], main b[onmouseover]").count() == 0
     assert page.locator("img[onerror]").count() == 0
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+def test_the_report_of_an_unchecked_build_shows_no_picture_from_outside(
+    root, tmp_path, picture, write_json
+):
+    outside = picture(tmp_path / "secret.png", 3)
+    (root / "link.png").symlink_to(outside)
+    rows = [{"image": "link.png", "question": "What is it?", "answer": "A secret."}]
+    recipe = parse_recipe(
+        {
+            "out": str(tmp_path / "build"), "image_root": str(root), "images": False,
+            "sources": [
+                {"source": "custom_vqa", "annotations": [str(write_json("rows.json", rows))]},
+            ],
+        },
+        "test",
+    )  # fmt: skip
+    assert "data:image" not in (build_recipe(recipe).out / "report.html").read_text()
+    (root / "link.png").unlink()
+    picture(root / "link.png", 3)
+    assert "data:image" in (build_recipe(recipe).out / "report.html").read_text()
