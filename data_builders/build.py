@@ -7,6 +7,7 @@ since what mends it (another recipe, another file) would make the finished work 
 """
 
 import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,9 @@ def build_recipe(recipe: BuildRecipe) -> BuildResult:
     """Builds a parsed recipe; see `build`."""
     out = recipe.out
     try:
+        if out.is_symlink():  # it stays one: the build grows beside what it points at
+            out = Path(os.path.realpath(out))
+            recipe = recipe.model_copy(update={"out": out})
         if not out.name or (out.exists() and not _replaceable(out)):
             raise DataError(
                 f"{out}: exists and is not a build folder (no build's manifest.json); choose "
@@ -103,6 +107,8 @@ def build_recipe(recipe: BuildRecipe) -> BuildResult:
     except OSError as error:
         if error.errno in _FULL:
             raise _disk_full(out) from None
+        if error.errno == errno.EPIPE:  # who reads our progress went away
+            raise
         where = error.filename or out
         raise DataError(f"{where}: {error.strerror or error}; cannot build {out}") from None
 

@@ -125,6 +125,9 @@ def run_source(name: str, arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); say nothing more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _meaning(options: type[BaseModel], key: str) -> str:

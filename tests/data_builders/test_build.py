@@ -473,6 +473,18 @@ def test_data_mistakes(recipe, tmp_path, root):
         build("chat_600k")
 
 
+def test_a_linked_destination_stays_a_link(recipe, tmp_path):
+    """Builds are large, and `out` may point at another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "build")
+    for _ in range(2):  # nothing there yet, then an earlier build
+        build(recipe, [f"out={tmp_path}/link"])
+        assert (tmp_path / "link").is_symlink()
+        assert [p.name for p in (tmp_path / "disk").iterdir()] == ["build"]
+        assert (tmp_path / "disk" / "build" / "manifest.json").is_file()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
 def test_mistakes_of_folders(recipe, tmp_path, root, monkeypatch):
     with pytest.raises(DataError, match=r"annotation file .*pictures is a folder, name the files"):
         build(recipe, [f"sources.0.annotations=[{root}]"])
