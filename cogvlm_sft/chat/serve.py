@@ -11,6 +11,7 @@ other.
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,8 +61,6 @@ def build_app(
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.response import ResponseHandler
     from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.systemone import SystemOneHandler
-    from transformers.cli.serving.transcription import TranscriptionHandler
     from transformers.cli.serving.utils import GenerationState
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -149,9 +148,13 @@ def build_app(
         Chats(manager, state),
         completion_handler=Completions(manager, state),
         response_handler=Responses(manager, state),
-        transcription_handler=TranscriptionHandler(manager, state),
-        systemone_handler=SystemOneHandler(manager, state),
         generation_state=state,
+        # Of routes that are taken away below; which there are depends on transformers' version.
+        **{
+            name: None
+            for name in signature(build_server).parameters
+            if name in ("transcription_handler", "systemone_handler")
+        },
     )
 
     # What a CogVLM does not do, other models, and a page whose scripts come from the network.

@@ -127,6 +127,7 @@ def test_another_tokenizer_and_another_base_are_another_run(tiny: Tiny, tmp_path
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
     adapter.mkdir()
+    (base / "config.json").write_text("{}")
     (base / "model.safetensors").write_bytes(b"1")
     (adapter / "adapter_model.safetensors").write_bytes(b"1")
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
