@@ -12,6 +12,7 @@ are written beside as plain copies. Paths stay relative, and pictures unseen, un
 is given.
 """
 
+import errno
 import io
 import os
 import shutil
@@ -55,12 +56,26 @@ def export(
         Conversations written.
 
     Raises:
-        DataError: Unknown target, a folder that holds something, a picture that is missing or
-            broken, or a record that the target cannot hold.
+        DataError: Unknown target, a folder that holds something or cannot be written, a picture
+            that is missing or broken, or a record that the target cannot hold.
     """
     if to not in TARGETS:
         raise DataError(f"cannot export to {to!r}; known are {', '.join(TARGETS)}")
-    folder = Path(out)
+    try:
+        return _export(build, to, Path(out), image_root)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # who reads our progress went away
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        raise DataError(
+            f"{out}: cannot be written, {error.strerror or error}{where}; nothing was exported"
+        ) from None
+
+
+def _export(build: Path | str, to: str, folder: Path, image_root: Path | str | None) -> int:
+    """The whole export, or nothing of it."""
+    if folder.is_symlink():  # it stays one
+        folder = Path(os.path.realpath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder}: exists and is not an empty folder; choose another")
     staging = folder.with_name(f".{folder.name}.exporting")
@@ -69,8 +84,6 @@ def export(
     pictures = _Pictures(image_root, staging, folder.absolute())
     try:
         count = _WRITERS[to](_counted(build), staging, pictures)
-        if folder.exists():
-            folder.rmdir()
         os.rename(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

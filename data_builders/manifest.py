@@ -200,7 +200,7 @@ def read_manifest(build_dir: Path) -> dict[str, Any]:
     path = build_dir / "manifest.json"
     try:
         content = orjson.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{build_dir}: no manifest.json; is it a build folder?") from None
     except (orjson.JSONDecodeError, OSError) as error:
         raise DataError(f"{path}: cannot be read ({error}); build again") from None

@@ -1,6 +1,8 @@
 """A build can be checked later, and read by the trainers it is exported for."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -79,6 +81,26 @@ def test_verify_wants_a_build(tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(DataError, match="not a manifest"):
         verify(tmp_path)
+
+
+def test_exports_to_places_that_cannot_be_written(built, root, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    export(built, "llava", tmp_path / "link", root)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "train.json").is_file()
+    with pytest.raises(DataError, match=r"cannot be written, File name too long"):
+        export(built, "llava", tmp_path / ("x" * 300), root)
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(DataError, match="No space left on device; nothing was exported"):
+        export(built, "llava", tmp_path / "new", root)
+    assert not (tmp_path / "new").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    with pytest.raises(DataError, match="is it a build folder"):
+        verify(tmp_path / "disk" / "train.json")
 
 
 @pytest.fixture
