@@ -33,6 +33,7 @@ from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 
 PROTOCOL = {
     "title": "Plain text",
+    "unit": "window",
     "prompt": "none: BOS, a row's own prompt where it has one, and the text",
     "decoding": "none: every token is predicted from the true ones before it",
     "post_processing": "none",
@@ -203,7 +204,9 @@ def _figures(rows: Sequence[dict[str, Any]]) -> list[Figure]:
 
     loss, tokens, size, hits = map(column, ("loss", "tokens", "bytes", "predicted"))
     return [
-        Figure("perplexity", lambda i: float(np.exp(loss[i].sum() / tokens[i].sum())), 1.0),
-        Figure("bits per byte", lambda i: float(loss[i].sum() / np.log(2) / size[i].sum()), 1.0),
+        Figure("perplexity", lambda i: float(np.exp(loss[i].sum() / tokens[i].sum())), 1.0, False),
+        Figure(
+            "bits per byte", lambda i: float(loss[i].sum() / np.log(2) / size[i].sum()), 1.0, False
+        ),
         Figure("tokens predicted first", lambda i: float(hits[i].sum() / tokens[i].sum())),
     ]

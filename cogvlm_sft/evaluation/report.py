@@ -93,21 +93,18 @@ def _overview(reports: Sequence[dict[str, Any]]) -> str:
         link = f'<a href="#task-{number}">{html.escape(report["title"])}</a>'
         for figure in report["figures"][:1] or [None]:
             rows.append(
-                f"<tr><td>{link}</td><td class=number>{report['count']:,}</td>"
+                f"<tr><td>{link}</td><td class=number>{_counted(report)}</td>"
                 + (_value(figure) if figure else "<td colspan=4>no score</td>")
                 + "</tr>"
             )
-    head = "<th>task</th><th>questions</th><th>figure</th><th>ours</th><th>95 % interval</th><th>"
+    head = "<th>task</th><th>of</th><th>figure</th><th>ours</th><th>95 % interval</th><th>"
     return f"<div class=wide><table><tr>{head}</th></tr>{''.join(rows)}</table></div>"
 
 
 def _section(report: dict[str, Any], number: int, *, folded: bool) -> str:
     title = html.escape(report["title"])
     first = "the first " if report.get("limit") else ""
-    parts = [
-        f'<h2 id="task-{number}">{title}</h2>'
-        f"<p class=under>{first}{report['count']:,} questions</p>"
-    ]
+    parts = [f'<h2 id="task-{number}">{title}</h2><p class=under>{first}{_counted(report)}</p>']
     if report["figures"]:
         parts.append(_figures(report["figures"]))
     else:
@@ -133,6 +130,11 @@ def _section(report: dict[str, Any], number: int, *, folded: bool) -> str:
     return "".join(parts)
 
 
+def _counted(report: dict[str, Any]) -> str:
+    unit = report.get("unit", "question")
+    return f"{report['count']:,} {unit}{'' if report['count'] == 1 else 's'}"
+
+
 def _figures(figures: Sequence[dict[str, Any]]) -> str:
     rows = "".join(f"<tr>{_value(figure)}</tr>" for figure in figures)
     head = "<tr><th>figure</th><th>ours</th><th>95 % interval</th><th></th></tr>"
@@ -144,7 +146,7 @@ def _value(figure: dict[str, Any]) -> str:
     low, high = figure["interval"]
     value = figure["value"]
     bar = ""
-    if 0 <= value <= 100 and high <= 100:
+    if figure["share"]:
         bar = (
             f'<div class=bar><i style="left:{low:.1f}%;width:{max(0.0, high - low):.1f}%"></i>'
             f'<b style="left:{value:.1f}%"></b></div>'

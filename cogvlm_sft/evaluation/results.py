@@ -79,7 +79,12 @@ def figures_of(figures: Sequence[Figure], count: int) -> list[dict[str, Any]]:
         value, (low, high) = value_and_interval(figure.statistic, count)
         scale = figure.scale
         rows.append(
-            {"name": figure.name, "value": value * scale, "interval": [low * scale, high * scale]}
+            {
+                "name": figure.name,
+                "value": value * scale,
+                "interval": [low * scale, high * scale],
+                "share": figure.share,
+            }
         )
     return rows
 

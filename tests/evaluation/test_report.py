@@ -34,6 +34,20 @@ def test_the_published_figure_stands_beside_ours(reports: list[Any]) -> None:
     assert "<td>accuracy, testB</td><td class=number></td>" in html_of(reports)
 
 
+def test_bars_are_for_shares_and_text_is_counted_in_windows(
+    tiny: tuple[CogVLMForCausalLM, CogVLMProcessor], tmp_path: Path
+) -> None:
+    (tmp_path / "plain.txt").write_text("What digit is this?")
+    page = html_of([evaluate_model(*tiny, "text_perplexity", [tmp_path / "plain.txt"])])
+    assert page.count("<div class=bar>") == 1  # of the tokens predicted first
+    assert "<p class=under>1 window</p>" in page
+    (tmp_path / "nocaps").mkdir()
+    page = html_of([evaluate_model(*tiny, "nocaps", *make("nocaps", tmp_path / "nocaps"))])
+    assert "<p class=under>2 questions</p>" in page
+    row = page[page.index("<td>CIDEr</td>") :]
+    assert "class=bar" not in row[: row.index("</tr>")]
+
+
 def test_a_page_of_several_tasks_fits_a_telephone(
     page: Any, reports: list[Any], tmp_path: Path
 ) -> None:

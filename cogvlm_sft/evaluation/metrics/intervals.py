@@ -24,11 +24,13 @@ class Figure:
         name: As printed.
         statistic: Indices of questions, repeated ones counting again, to the number.
         scale: What the number is multiplied by for print; 100 for shares.
+        share: Whether it lies between 0 and 1, so that a bar can show it.
     """
 
     name: str
     statistic: Statistic
     scale: float = 100.0
+    share: bool = True
 
 
 def mean_of(values: Sequence[float] | NDArray[np.float64]) -> Statistic:

@@ -120,7 +120,7 @@ def _score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
     cider = cider_d(predictions, references)
     counts = bleu_counts(predictions, references)
     figures = [
-        Figure("CIDEr", mean_of(cider)),
+        Figure("CIDEr", mean_of(cider), share=False),
         *(Figure(f"BLEU-{n + 1}", _bleu(counts, n)) for n in range(4)),
         Figure("ROUGE-L", mean_of(rouge_l(predictions, references))),
     ]
@@ -132,7 +132,8 @@ def _score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
         notes.append(f"{error}; it is not computed.")
     domains = [question.group for question in questions]
     for domain in sorted(set(domains) - {""}):
-        figures.append(Figure(f"CIDEr, {domain}", mean_within(cider, domains, domain)))
+        within = mean_within(cider, domains, domain)
+        figures.append(Figure(f"CIDEr, {domain}", within, share=False))
     # CIDEr is between 0 and 10; a perfect caption of many references stays well below 10.
     return Scores(figures, np.clip(cider / 2, 0, 1).tolist(), notes)
 

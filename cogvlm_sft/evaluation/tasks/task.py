@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from cogvlm_sft.errors import DataError
 from cogvlm_sft.evaluation.metrics.intervals import Figure
@@ -136,7 +137,12 @@ def judged_scores(
     graded = [judge(question, answer) for question, answer in zip(questions, answers, strict=True)]
     points = np.array([got for got, _ in graded])
     most = np.array([full for _, full in graded])
-    figures = [Figure(name, lambda chosen: float(points[chosen].sum() / most[chosen].sum()))]
+
+    def statistic(chosen: NDArray[np.int64]) -> float:
+        return float(points[chosen].sum() / most[chosen].sum())
+
+    # LLaVA-Bench counts in points of the reference, which an answer may exceed.
+    figures = [Figure(name, statistic, share=False)]
     return Scores(figures, [min(1.0, got / full) if full else 0.0 for got, full in graded])
 
 
