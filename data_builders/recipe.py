@@ -72,12 +72,15 @@ class SourceEntry(BaseModel):
 
 
 class ImageRules(Strict):
-    """How pictures are looked at: `check: false` takes every path as the annotation gives it."""
+    """How pictures are looked at: `check: false` takes every path as the annotation gives it.
+
+    Pillow opens none of more than 178,956,970 pixels, for training neither.
+    """
 
     check: bool = True
     min_side: int = Field(default=28, ge=1)
     max_aspect: float = Field(default=200.0, ge=1)
-    max_pixels: int = Field(default=89_000_000, ge=1)
+    max_pixels: int = Field(default=89_000_000, ge=1, le=178_956_970)
 
 
 class Deduplicate(Strict):

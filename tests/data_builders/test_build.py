@@ -429,6 +429,7 @@ def test_a_foreign_folder_is_never_replaced(recipe, tmp_path):
         (["sources.0.clean=false"], "unknown key 'clean'"),
         (["sources.0.style=text"], "style is 'text' .* expected 'chat', 'vqa' or 'base'"),
         (["images.check=false", "deduplicate.near=3"], "needs images.check: true"),
+        (["images.max_pixels=200000000"], "expected less than or equal to 178956970"),
         (
             ["commercial=true", "sources.1.source=llavar"],
             r"commercial: true, and the licences of llavar \(CC-BY-NC-4.0\) forbid it",
