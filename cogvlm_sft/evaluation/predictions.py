@@ -40,24 +40,31 @@ class Predictions:
         self._run = json.loads(json.dumps(run))
         self._log = folder / f"answers-{process:05d}.partial.jsonl"
 
-    def prepare(self) -> bool:
+    def prepare(self) -> list[str]:
         """Makes the folder ready; to be called once, before any process writes.
 
         Returns:
-            Whether answers of an earlier start of this run are there.
+            In what the run differs whose answers were there and are removed; mostly nothing.
+
+        Raises:
+            DataError: The folder is not usable.
+            CheckpointError: It cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / _RUN
             known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
             if known == self._run:
-                return True
+                return []
+            there = bool(self.known())
             self._clear()
             (self.folder / _PREDICTIONS).unlink(missing_ok=True)
             write_text(file, json.dumps(self._run, indent=2, ensure_ascii=False) + "\n")
         except (OSError, ValueError) as error:
             raise DataError(f"{self.folder}: cannot be used for predictions: {error}") from None
-        return False
+        if not there or not isinstance(known, dict):
+            return []
+        return [key for key in self._run if known.get(key) != self._run[key]]
 
     def known(self) -> dict[str, str]:
         """Answers so far by question id: of the whole file, and of all processes' logs.

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from cogvlm_sft.checkpoint.staging import write_text
 from cogvlm_sft.conversation import strip_marker
 from cogvlm_sft.evaluation.metrics.intervals import Figure, value_and_interval
@@ -75,7 +77,8 @@ def report_of(
 def figures_of(figures: Sequence[Figure], count: int) -> list[dict[str, Any]]:
     """Name, value and 95 % interval of each, in its own unit."""
     rows = []
-    for figure in figures:
+    # Resampling hundreds of thousands of questions takes seconds a figure.
+    for figure in tqdm(figures, desc="intervals", unit="figure", delay=3, leave=False):
         value, (low, high) = value_and_interval(figure.statistic, count)
         scale = figure.scale
         rows.append(

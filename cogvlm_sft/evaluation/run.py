@@ -56,7 +56,8 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: Checkpoint folder.
-        output: Folder of the results; `CHECKPOINT/evaluation/TASK` where it is not given.
+        output: Folder of the results; `CHECKPOINT/evaluation/TASK` where it is not given, and
+            `TASK_first_LIMIT` with a limit, so that a look does not cost what hours answered.
         dtype, quantize: As in `open_model`.
         tokenizer: Tokenizer folder, where the checkpoint holds none.
 
@@ -68,7 +69,8 @@ def evaluate_checkpoint(
     evaluate = _read_task(task, annotations, images, limit, judge)
     processor = load_processor(checkpoint, tokenizer)
     model = open_model(checkpoint, dtype=dtype, quantize=quantize)
-    folder = Path(output) if output is not None else Path(checkpoint) / "evaluation" / task
+    name = task if limit is None else f"{task}_first_{limit}"
+    folder = Path(output) if output is not None else Path(checkpoint) / "evaluation" / name
     return evaluate(model, processor, batch_size, folder, checkpoint)
 
 
@@ -211,13 +213,19 @@ def _evaluate_questions(
             "tokenizer": tokenizer_identity(processor),
             "decoding": found.decoding,
             "weights": describe_weights(model),
-            "batch_size": batch_size,
             "questions": questions_identity(questions),
         }
         log = Predictions(Path(output), run, process=process)
-        if process == 0 and log.prepare() and (there := len(log.known())):
-            # Not to stdout, where the report goes.
-            print(f"{found.name}: going on, {there} of {len(questions)} are there", file=sys.stderr)
+        if process == 0:
+            others = log.prepare()
+            said = ""
+            if others:
+                named = " and ".join(others)
+                said = f"starting anew: the answers there were of another run, by its {named}"
+            elif there := len(log.known()):
+                said = f"going on, {there} of {len(questions)} are there"
+            if said:  # not to stdout, where the report goes
+                print(f"{found.name}: {said}", file=sys.stderr)
     elif processes > 1:
         raise DataError("several processes share their answers through files; give an output")
     wait_for_all()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -257,6 +258,26 @@ def test_lines_taken_out_of_the_predictions_are_asked_again(tiny: Tiny, tmp_path
     assert evaluate_model(*arguments, output=tmp_path / "out") == report
     assert (tmp_path / "out/predictions.jsonl").read_bytes() == whole
     assert not list((tmp_path / "out").glob("*partial*"))
+
+
+def test_a_look_at_a_few_leaves_the_whole_run(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, copied)
+    files, images = make("text_exact_match", tmp_path)
+    arguments = (copied, "text_exact_match", files, images)
+    evaluate_checkpoint(*arguments)
+    evaluate_checkpoint(*arguments, limit=1)
+    assert len(_rows(copied / "evaluation/text_exact_match")) == 2
+    assert len(_rows(copied / "evaluation/text_exact_match_first_1")) == 1
+    assert "anew" not in capsys.readouterr().err
+    # After running out of memory one takes smaller batches, and keeps what is answered.
+    evaluate_checkpoint(*arguments, batch_size=1)
+    assert "going on, 2 of 2 are there" in capsys.readouterr().err
+    evaluate_checkpoint(*arguments, limit=1, output=copied / "evaluation/text_exact_match")
+    said = "starting anew: the answers there were of another run, by its questions"
+    assert said in capsys.readouterr().err
 
 
 def test_files_are_read_before_the_weights(
