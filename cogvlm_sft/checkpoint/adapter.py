@@ -94,7 +94,7 @@ def named_checkpoint(name: str, folder: Path) -> Path | None:
         folder: of the run, which mostly lies below that place.
     """
     places = [Path(name), *(parent / name for parent in folder.resolve().parents)]
-    return next((place for place in places if (place / "config.json").is_file()), None)
+    return next((place for place in places if place.is_dir()), None)
 
 
 def adapter_keys(folder: Path) -> dict[str, tuple[int, ...]]:
