@@ -70,7 +70,8 @@ class BuildResult:
                 f"went on with an interrupted build: {self.kept_shards} shards of work were done, "
                 f"{self.redone_shards} done again"
             )
-        lines.append(f"{self.conversations:,} conversations in {self.out}")
+        plural = "s" * (self.conversations != 1)
+        lines.append(f"{self.conversations:,} conversation{plural} in {self.out}")
         lines.append(f"look at {self.out / 'report.html'}")
         return "\n".join(lines)
 

@@ -129,7 +129,8 @@ def _data_export(arguments: argparse.Namespace) -> int:
     from data_builders.export import export
 
     count = export(arguments.build, arguments.to, arguments.out, arguments.images)
-    print(f"{count} conversations written to {arguments.out} for {arguments.to}")
+    plural = "s" * (count != 1)
+    print(f"{count:,} conversation{plural} written to {arguments.out} for {arguments.to}")
     return 0
 
 

@@ -233,7 +233,7 @@ def test_as_a_script(coco, write_json, tmp_path, read):
     path = write_json("a.json", [row("000000000001.jpg", "<image>\nq", "a")])
     done = script("--annotations", path, "--images", coco, "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "1 conversations in out" in done.stdout
+    assert "1 conversation in out" in done.stdout
     assert read(tmp_path / "out")[0]["images"] == ["train2017/000000000001.jpg"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "data:image/jpeg;base64," in page and "<script" not in page
