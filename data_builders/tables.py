@@ -95,9 +95,11 @@ def parquet_rows(path: Path, needed: Mapping[str, str]) -> Iterator[dict[str, An
 def _check_header(where: str, found: list[str], needed: Mapping[str, str]) -> None:
     for key, name in needed.items():
         if name not in found:
-            hint = f"Say which one it is: columns: {{{key}: …}}"
+            hint = f"Say which one it is: columns: {{{key}: …}}, or --columns {key}=…"
             if len(found) == 1 and re.search("[;\\t|,]", found[0]):
-                hint = "It is one column: say what stands between columns: delimiter: …"
+                hint = (
+                    "It is one column: set delimiter (--delimiter) to what stands between columns"
+                )
             raise DataError(
                 f"{where}: no column {name!r}; found {', '.join(map(repr, found))}. {hint}"
             )
