@@ -20,6 +20,7 @@ from cogvlm_sft.chat.limits import MAX_FILE_BYTES, check_question, read_data_url
 from cogvlm_sft.chat.request_body import check_body
 from cogvlm_sft.chat.session import open_chat, room_for_answer
 from cogvlm_sft.errors import CogVLMSFTError, DataError
+from cogvlm_sft.evaluation.generate import end_tokens
 
 # One picture in base64 and its conversation; a longer body is not read at all.
 _MAX_BODY_BYTES = MAX_FILE_BYTES * 4 // 3 + 2**20
@@ -56,6 +57,7 @@ def build_app(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise DataError(f"--serve needs {error.name}: {_INSTALL}") from None
+    from transformers import GenerationConfig
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
@@ -67,6 +69,11 @@ def build_app(
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["cogvlm"] = "CogVLMForCausalLM"
     chat = open_chat(checkpoint, tokenizer=tokenizer, quantize=quantize)
 
+    # Greedy unless a client asks otherwise, whatever generation_config.json says.
+    chat.model.generation_config = GenerationConfig(
+        eos_token_id=end_tokens(chat.model, chat.processor),
+        pad_token_id=chat.processor.tokenizer.pad_token_id,
+    )
     generate = chat.model.generate
 
     def generate_in_bounds(**inputs: Any) -> Any:

@@ -19,7 +19,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 from cogvlm_sft.chat.limits import check_question, read_upload
 from cogvlm_sft.checkpoint.load import load_processor
 from cogvlm_sft.errors import DataError
-from cogvlm_sft.evaluation.generate import end_tokens, evaluation_mode
+from cogvlm_sft.evaluation.generate import end_tokens, evaluation_mode, stated_decoding
 from cogvlm_sft.evaluation.loading import open_model
 from cogvlm_sft.model import CogVLMForCausalLM, CogVLMProcessor
 from cogvlm_sft.model.token_layout import build_position_ids
@@ -91,6 +91,7 @@ class Chat:
             self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
         )
         stop = _Stop()
+        ends = end_tokens(self.model, self.processor)
         failed: list[BaseException] = []
         options: dict[str, Any] = {"do_sample": False}
         if self.decoding.temperature > 0:
@@ -102,7 +103,11 @@ class Chat:
 
         def generate() -> None:
             try:
-                with evaluation_mode(self.model), torch.inference_mode():
+                with (
+                    evaluation_mode(self.model),
+                    stated_decoding(self.model),
+                    torch.inference_mode(),
+                ):
                     self.model.generate(
                         **inputs,
                         **options,
@@ -110,7 +115,7 @@ class Chat:
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([stop]),
                         pad_token_id=self.processor.tokenizer.pad_token_id,
-                        eos_token_id=end_tokens(self.model, self.processor),
+                        eos_token_id=ends,
                     )
             except BaseException as error:  # handed over to the thread that reads
                 failed.append(error)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cogvlm_sft.checkpoint.layout import entries
+from cogvlm_sft.checkpoint.layout import entries, with_released_default
 from cogvlm_sft.checkpoint.weight_index import WEIGHT_DTYPES, shard_names
 from cogvlm_sft.errors import CheckpointError
 
@@ -168,6 +168,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: no vision_config in it, so this is not a CogVLM (architectures: {found})"
         )
+    config = with_released_default(config)
     for fields, names, where in (
         (config, _SIZES, ""),
         (vision, _VISION_SIZES, "vision_config."),

@@ -16,6 +16,21 @@ class Entry(NamedTuple):
     group: str
 
 
+def with_released_default(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with the key/value heads that the released CogVLM2's leaves to Python code.
+
+    The same rules as `CogVLMConfig` has: others call them `num_key_value_heads`.
+    """
+    if config.get("num_multi_query_heads") is not None:
+        return config
+    shared = config.get("num_key_value_heads")
+    if shared is None and config.get("vocab_size") == 128256:
+        shared = 8
+    if shared in (None, config.get("num_attention_heads")):
+        return config
+    return {**config, "num_multi_query_heads": shared}
+
+
 def entries(config: Mapping[str, Any]) -> Iterator[Entry]:
     """Every parameter that a config.json asks for, in no particular order.
 

@@ -85,7 +85,7 @@ def generate_answers(
     sampling = {"temperature": temperature, "top_p": top_p} if do_sample else {}
     answers = [""] * len(requests)
     ends = end_tokens(model, processor)
-    with evaluation_mode(model), _stated_decoding(model), torch.inference_mode():
+    with evaluation_mode(model), stated_decoding(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [prompts[i] for i in chosen], [requests[i] for i in chosen]
@@ -121,7 +121,7 @@ def end_tokens(model: CogVLMForCausalLM, processor: CogVLMProcessor) -> list[int
 
 
 @contextmanager
-def _stated_decoding(model: CogVLMForCausalLM) -> Iterator[None]:
+def stated_decoding(model: CogVLMForCausalLM) -> Iterator[None]:
     """Inside, `generate` does what its arguments say and nothing besides."""
     kept = model.generation_config
     model.generation_config = GenerationConfig()

@@ -19,6 +19,9 @@ from cogvlm_sft.errors import CheckpointError
 # Keys that other exports of CogVLM carry and that we derive from the rest.
 _DERIVED_KEYS = ("num_key_value_heads", "num_image_tokens", "head_dim")
 
+# What the released CogVLM2 is told by, and what its config.json leaves to its Python code.
+_LLAMA3_VOCABULARY, _LLAMA3_HEADS = 128256, 8
+
 # What the released config.json holds about the tower.
 _VISION_KEYS = (
     "dropout_prob", "hidden_act", "hidden_size", "image_size", "in_channels", "intermediate_size",
@@ -261,8 +264,15 @@ class CogVLMConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads config.json; released files have no `model_type`, and some CogVLM2 "cogvlm2"."""
+        """Reads config.json; released files have no `model_type`, and some CogVLM2 "cogvlm2".
+
+        The released CogVLM2's file does not name its key/value heads either: they are a default of
+        the Python code beside it. It is told by Llama-3's vocabulary.
+        """
         config, unused = super().get_config_dict(*args, **kwargs)
+        told = {"num_multi_query_heads", "num_key_value_heads"} & config.keys()
+        if config.get("vocab_size") == _LLAMA3_VOCABULARY and not told:
+            config["num_multi_query_heads"] = _LLAMA3_HEADS
         if config.get("model_type", "") in ("", "cogvlm2"):
             config["model_type"] = cls.model_type
         return config, unused

@@ -1,6 +1,7 @@
 """The server, asked by the official `openai` client over HTTP."""
 
 import base64
+import shutil
 import socket
 import threading
 import time
@@ -21,10 +22,16 @@ uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
 
 @pytest.fixture(scope="module")
-def client(checkpoint: Path) -> Iterator[Any]:
+def client(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from cogvlm_sft.chat.serve import build_app
 
-    config = uvicorn.Config(build_app(checkpoint), port=0, log_level="warning")
+    served = tmp_path_factory.mktemp("served") / "model"
+    shutil.copytree(checkpoint, served)
+    # As the released CogVLM2's, and worse: answers must be greedy all the same.
+    (served / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": 2.0, "repetition_penalty": 9.0, "max_length": 4096}'
+    )
+    config = uvicorn.Config(build_app(served), port=0, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,10 +37,10 @@ def test_layout_is_the_model(fields: dict) -> None:
     }
 
 
-def sparse_released(folder: Path, shards: int = 8) -> Path:
+def sparse_released(folder: Path, shards: int = 8, **fields: Any) -> Path:
     """The released chat model as files without contents: 35 GB that take no room."""
     folder.mkdir()
-    config = CogVLMConfig().to_dict()
+    config = CogVLMConfig(**fields).to_dict()
     tensors = sorted(entries(config))
     share = -(-len(tensors) // shards)
     weight_map = {}
@@ -72,6 +73,17 @@ def test_released_at_full_size(tmp_path: Path) -> None:
     text = found.table()
     for words in ("released layout, CogVLM\n", "490 px, 1,227 tokens", "35.28 GB", "chat", "none"):
         assert words in text
+
+
+def test_released_cogvlm2_at_full_size(tmp_path: Path) -> None:
+    folder = sparse_released(tmp_path / "cogvlm2-llama3-chat-19B", **SECOND, pad_token_id=128002)
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_multi_query_heads"]  # as released: its Python code has it
+    (folder / "config.json").write_text(json.dumps(config))
+    found = inspect_checkpoint(folder)
+    assert found.problems == [] and found.model == "CogVLM2"
+    assert sum(found.parameters.values()) == 19_503_105_280
+    assert found.details["resolution"] == "1344 px, 2,306 tokens a picture"
 
 
 def test_torch_is_not_loaded(tmp_path: Path) -> None:

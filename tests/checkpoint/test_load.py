@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from cogvlm_sft.checkpoint.layout import entries, with_released_default
 from cogvlm_sft.checkpoint.load import (
     build_processor,
+    expected_shapes,
     load_config,
     load_model,
     load_processor,
@@ -24,6 +26,7 @@ from cogvlm_sft.checkpoint.load import (
 from cogvlm_sft.checkpoint.positions import POSITION_EMBEDDING, interpolate_positions
 from cogvlm_sft.checkpoint.weights import INDEX
 from cogvlm_sft.errors import CheckpointError
+from cogvlm_sft.model import CogVLMConfig
 from tests.checkpoint.conftest import GOLDEN, VISION, assert_same, tensors_of
 
 CASES = ("single_image", "batch2_left", "two_images_interleaved", "image_last")
@@ -222,6 +225,37 @@ def test_a_damaged_tokenizer_is_named(checkpoint: Path, tmp_path: Path) -> None:
         load_processor(folder)
     with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded"):
         load_processor(checkpoint, folder)
+
+
+RELEASED_COGVLM2 = {  # its config.json: no model_type, no number of key/value heads
+    "architectures": ["CogVLMForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_cogvlm.CogVLMConfig",
+                 "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM"},
+    "vision_config": {"dropout_prob": 0.0, "hidden_act": "gelu", "in_channels": 3,
+                      "num_hidden_layers": 63, "hidden_size": 1792, "patch_size": 14,
+                      "num_heads": 16, "intermediate_size": 15360, "layer_norm_eps": 1e-06,
+                      "num_positions": 9217, "image_size": 1344},
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-05, "template_version": "chat",
+    "initializer_range": 0.02, "bos_token_id": 128000, "eos_token_id": [128001, 128009],
+    "pad_token_id": 128002, "vocab_size": 128256, "num_hidden_layers": 32, "hidden_act": "silu",
+    "use_cache": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", [{}, {"num_key_value_heads": 8, "model_type": "cogvlm2"}])
+def test_the_released_cogvlm2_is_one(tmp_path: Path, told: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED_COGVLM2 | told))
+    config = load_config(tmp_path)
+    assert config.is_cogvlm2 and config.num_key_value_heads == 8 and config.rope_base == 500000
+    assert config.num_image_tokens == 2306
+    shapes = expected_shapes(config)
+    numbers = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    assert sum(n for name, n in numbers.items() if "inv_freq" not in name) == 19_503_105_280
+    # What `checkpoint inspect` goes by, and what transformers' own way of loading does.
+    raw = with_released_default(RELEASED_COGVLM2 | told)
+    assert {entry.name: entry.shape for entry in entries(raw)}.items() <= shapes.items()
+    assert CogVLMConfig.from_pretrained(tmp_path).num_multi_query_heads == 8
 
 
 def test_positions_interpolated() -> None:
