@@ -31,7 +31,7 @@ def on_the_device(*arguments: str) -> tuple[str, dict[str, int]]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(DEVICE), *arguments],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads(done.stderr.splitlines()[-1])
