@@ -27,8 +27,9 @@ from cogvlm_sft.tune.naming import (
 
 if TYPE_CHECKING:  # seconds of import that a plain checkpoint does not need
     from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
 
-_NAME = "default"
+ADAPTER_NAME = "default"  # PEFT's, for the one adapter that a model has
 _MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -148,6 +149,7 @@ def lora_config(folder: Path) -> "LoraConfig":
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {error}") from None
     config.inference_mode = True
     config.modules_to_save = None  # else PEFT would keep a second copy of each
+    config.trainable_token_indices = None  # deltas of single rows are not read
     return config
 
 
@@ -197,35 +199,10 @@ def wear_adapter(model: CogVLMForCausalLM, folder: Path, *, merge: bool) -> CogV
     Raises:
         CheckpointError: the adapter does not fit the model.
     """
-    # Seconds of import that a plain checkpoint does not need.
-    from peft import set_peft_model_state_dict
-    from peft.tuners.lora import LoraModel
+    from peft import set_peft_model_state_dict  # as above
 
-    file, config, keys = folder / ADAPTER_WEIGHTS, lora_config(folder), adapter_keys(folder)
-    known = model.state_dict().keys() | {name for name, _ in model.named_modules()}
-    strange = [name for name in keys if name.partition(".lora_")[0] not in known]
-    if strange:
-        raise CheckpointError(
-            f"{file}: {len(strange)} tensors are of no module of this model, first {strange[0]!r}; "
-            "the adapter is of another base, or holds more than factors and whole weights"
-        )
-    try:
-        tuner = LoraModel(model, config, _NAME)
-        result = set_peft_model_state_dict(model, load_file(file), _NAME)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{folder}: the adapter does not fit the model: {error}") from None
-    if result.unexpected_keys:
-        raise CheckpointError(
-            f"{file}: {len(result.unexpected_keys)} tensors are of none of the targets "
-            f"{config.target_modules}, first {result.unexpected_keys[0]!r}"
-        )
-    for name, _ in model.named_parameters():
-        module, factor, kind = name.replace(f".{_NAME}", "").partition(".lora_")
-        if factor and f"{module}.lora_{kind}" not in keys:
-            raise CheckpointError(
-                f"{file}: no lora_{kind.partition('.')[0]} for {module}, one of the targets "
-                f"{config.target_modules}"
-            )
+    tuner = add_factors(model, folder, lora_config(folder))
+    set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS), ADAPTER_NAME)
     model.eval()
     if not merge:
         return model
@@ -234,3 +211,52 @@ def wear_adapter(model: CogVLMForCausalLM, folder: Path, *, merge: bool) -> CogV
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: the adapter cannot be merged: {error}") from None
     return merged
+
+
+def add_factors(model: CogVLMForCausalLM, folder: Path, config: "LoraConfig") -> "LoraModel":
+    """Wraps an adapter's targets in PEFT's layers, with a place for every tensor of its file.
+
+    Args:
+        model: changed in place; on the meta device the factors are there too.
+        folder: the adapter, of which only names and shapes are read.
+        config: see `lora_config`.
+
+    Raises:
+        CheckpointError: a tensor is missing, has no place, or has another shape.
+    """
+    from peft.tuners.lora import LoraModel  # as above
+
+    file, keys = folder / ADAPTER_WEIGHTS, adapter_keys(folder)
+    meta = model.device.type == "meta"
+    try:
+        tuner = LoraModel(model, config, ADAPTER_NAME, low_cpu_mem_usage=meta)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{folder}: the adapter does not fit the model: {error}") from None
+    places = {
+        _plain_name(name.replace(f".{ADAPTER_NAME}", "")): parameter
+        for name, parameter in model.named_parameters()
+    }
+    if strange := sorted(keys.keys() - places.keys()):
+        raise CheckpointError(
+            f"{file}: {len(strange)} tensors have no place in this model with the targets "
+            f"{config.target_modules}, first {strange[0]!r}; the adapter is of another base, or "
+            "holds more than factors and whole weights"
+        )
+    if missing := sorted(name for name in places.keys() - keys.keys() if ".lora_" in name):
+        module, _, factor = missing[0].partition(".lora_")
+        raise CheckpointError(
+            f"{file}: no lora_{factor.partition('.')[0]} for {module}, one of the targets "
+            f"{config.target_modules}"
+        )
+    for name, shape in keys.items():
+        if hasattr(places[name], "quant_state"):
+            raise CheckpointError(
+                f"{file}: holds {name} whole, which cannot take the place of 4-bit weights; merge "
+                "the adapter (`cogvlm-sft checkpoint merge`), and quantise the result"
+            )
+        if tuple(places[name].shape) != shape:
+            raise CheckpointError(
+                f"{file}: {name} has shape {shape}, expected {tuple(places[name].shape)}; the "
+                "adapter is of another base"
+            )
+    return tuner

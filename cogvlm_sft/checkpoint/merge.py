@@ -18,24 +18,22 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from peft import LoraConfig, set_peft_model_state_dict
-from peft.tuners.lora import LoraModel
-from peft.utils.other import get_pattern_key
-from torch import nn
+from peft import LoraConfig
 from tqdm import tqdm
 
 from cogvlm_sft.allocator import return_freed_memory
 from cogvlm_sft.checkpoint.adapter import (
+    ADAPTER_NAME,
     adapter_tensors,
+    add_factors,
     base_of,
     lora_config,
     quantized_groups,
     trained_image_size,
 )
-from cogvlm_sft.checkpoint.load import load_config, weight_files
+from cogvlm_sft.checkpoint.load import load_config, stored_weights, weight_files
 from cogvlm_sft.checkpoint.positions import (
     POSITION_EMBEDDING,
-    interpolate_positions,
     with_image_size,
 )
 from cogvlm_sft.checkpoint.probe import Weights, probe_batch, streamed_logits
@@ -50,10 +48,9 @@ from cogvlm_sft.checkpoint.weights import (
 )
 from cogvlm_sft.errors import CheckpointError
 from cogvlm_sft.model import CogVLMConfig, CogVLMForCausalLM
-from cogvlm_sft.tune.naming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, linears_of
+from cogvlm_sft.tune.naming import ADAPTER_CONFIG, linears_of
 
 LIMIT = 1e-5
-_NAME = "default"
 # Starts of the factors that leave the base's weights as they are; PEFT's others move them.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _PROCESSOR_FILES = (
@@ -145,38 +142,21 @@ class _Merge:
 
     def __init__(self, folder: Path, root: Path) -> None:
         self.folder, self.base = folder, root
-        self.model_config: CogVLMConfig = load_config(root)
-        self.image_size = trained_image_size(folder)
-        if self.image_size is not None:
-            self.model_config = with_image_size(self.model_config, self.image_size)
-        if getattr(self.model_config, "quantization_config", None):
+        if getattr(load_config(root), "quantization_config", None):
             raise CheckpointError(f"{root}: a quantised checkpoint; merge into the 16-bit original")
+        self.image_size = trained_image_size(folder)
+        self.stored = stored_weights(root, self.image_size)
+        self.model_config: CogVLMConfig = self.stored.config
+        self.files, self.home = weight_files(root), self.stored.headers
         with torch.device("meta"):
-            self.skeleton = CogVLMForCausalLM(self.model_config)
+            self.plain = CogVLMForCausalLM(self.model_config).eval()
+            self.worn = CogVLMForCausalLM(self.model_config).eval()
         self.config = _mergeable_config(folder)
+        add_factors(self.worn, folder, self.config)
+        self.worn.eval()
         self.adapter = adapter_tensors(folder)
         self.linears = {n.partition(".lora_")[0] for n in self.adapter if ".lora_" in n}
         self.replaced = {name for name in self.adapter if ".lora_" not in name}
-        self.files = weight_files(root)
-        self.home = read_headers(self.files)
-        strange = {n for n in self.linears if f"{n}.weight" not in self.home}
-        strange |= self.replaced - self.home.keys()
-        if strange:
-            raise CheckpointError(
-                f"{folder / ADAPTER_WEIGHTS}: {len(strange)} tensors are of no weight of {root}, "
-                f"first {min(strange)!r}; the adapter is of another base, or holds more than "
-                "factors and whole weights"
-            )
-        for name in sorted(self.linears):
-            for factor in ("lora_A", "lora_B"):
-                if f"{name}.{factor}.weight" not in self.adapter:
-                    raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: no {factor} for {name}")
-        for name in self.replaced:
-            found, expected = tuple(self.adapter[name].shape), self.shape(name)
-            if found != expected:
-                raise CheckpointError(
-                    f"{folder / ADAPTER_WEIGHTS}: {name} has shape {found}, the base's {expected}"
-                )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor of the result: the base's, but for positions of another picture size."""
@@ -187,48 +167,30 @@ class _Merge:
 
     def read(self, name: str, folder: Path | None = None) -> torch.Tensor:
         """A tensor of the base at the adapter's picture size, or of the result in its folder."""
+        if folder is None:
+            return self.stored.read(name)
         header = self.home[name]
-        if folder is not None:
-            return read_tensor(name, replace(header, file=folder / header.file.name))
-        tensor = read_tensor(name, header)
-        if name != POSITION_EMBEDDING:
-            return tensor
-        return interpolate_positions(tensor, self.model_config.vision_config.grid)
+        return read_tensor(name, replace(header, file=folder / header.file.name))
 
     def merged(self, name: str) -> torch.Tensor:
         """A tensor of the result in fp32 where the adapter touches it, else the base's own."""
         module, _, kind = name.rpartition(".")
         if module not in self.linears or not (kind == "weight" or self.config.lora_bias):
-            return self.whole(name)
-        config = copy.deepcopy(self.config)
-        config.r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-        config.lora_alpha = config.alpha_pattern.get(
-            get_pattern_key(config.alpha_pattern, module), config.lora_alpha
-        )
-        config.rank_pattern, config.alpha_pattern = {}, {}  # PEFT warns of those that match nothing
-        layer = copy.deepcopy(self.skeleton.get_submodule(module))
-        for part, _ in list(layer.named_parameters()):
-            weight = self.whole(f"{module}.{part}").float()
-            setattr(layer, part, nn.Parameter(weight, requires_grad=False))
-        # The module under its own path, for the configuration's patterns to find it.
-        root = _at_path(module, layer)
+            return self.adapter[name].float() if name in self.replaced else self.read(name)
+        layer = copy.deepcopy(self.worn.get_submodule(module))
+        weights = self.beside(self.read)
+        state = {
+            # What the adapter holds is copied, since PEFT adds in place.
+            part: weights(f"{module}.{part}").to(torch.float32, copy=name in self.replaced)
+            for part, _ in layer.named_parameters()
+        }
+        layer.load_state_dict(state, strict=False, assign=True)
         try:
-            tuner = LoraModel(root, config, _NAME)
-            factors = {
-                n: t.float() for n, t in self.adapter.items() if n.startswith(f"{module}.lora_")
-            }
-            set_peft_model_state_dict(root, factors, _NAME)
-            whole = tuner.merge_and_unload().get_submodule(module)
-        except (ValueError, RuntimeError) as error:
+            layer.merge()
+        except RuntimeError as error:
             raise CheckpointError(f"{self.folder}: {module} cannot be merged: {error}") from None
-        result: torch.Tensor = getattr(whole, kind).detach()
+        result: torch.Tensor = getattr(layer.get_base_layer(), kind).detach()
         return result
-
-    def whole(self, name: str) -> torch.Tensor:
-        """A weight without its factors; a copy, since PEFT adds them in place."""
-        if name in self.replaced:
-            return self.adapter[name].to(torch.float32, copy=True)
-        return self.read(name)
 
     def write(self, staging: Path) -> None:
         """Every shard of the base, merged, under its own name and in its own dtypes."""
@@ -244,28 +206,25 @@ class _Merge:
 
     def check(self, staging: Path) -> tuple[float, float, float | None]:
         """The three differences of `MergeReport`."""
-        config, batch = self.model_config, probe_batch(self.model_config)
-        with torch.device("meta"):
-            plain = CogVLMForCausalLM(config).eval()
-            worn = CogVLMForCausalLM(config).eval()
-        LoraModel(worn, copy.deepcopy(self.config), _NAME, low_cpu_mem_usage=True)
-        worn.eval()
-        expected = streamed_logits(worn, self._beside(self.read), batch, "base + adapter")
+        batch = probe_batch(self.model_config)
+        expected = streamed_logits(self.worn, self.beside(self.read), batch, "base + adapter")
         scale = expected.abs().max()
 
         def differs(logits: torch.Tensor) -> float:
             return ((logits - expected).abs().max() / scale).item()
 
-        written = streamed_logits(plain, lambda n: self.read(n, staging), batch, "merged, written")
+        written = streamed_logits(
+            self.plain, lambda n: self.read(n, staging), batch, "merged, written"
+        )
         rounded = difference = differs(written)
         if any(self.read(f"{name}.weight").dtype != torch.float32 for name in self.linears):
-            exact = streamed_logits(plain, self.merged, batch, "merged, in fp32")
+            exact = streamed_logits(self.plain, self.merged, batch, "merged, in fp32")
             difference = differs(exact)
         found = quantized_groups(self.folder)
         if found is None:
             return difference, rounded, None
         groups, dtype = found
-        held = {f"{name}.weight" for group in groups for name in linears_of(plain, group)}
+        held = {f"{name}.weight" for group in groups for name in linears_of(self.plain, group)}
 
         def four_bit(name: str) -> torch.Tensor:
             weight = self.read(name)
@@ -274,23 +233,15 @@ class _Merge:
         return (
             difference,
             rounded,
-            differs(streamed_logits(worn, self._beside(four_bit), batch, "4-bit + adapter")),
+            differs(streamed_logits(self.worn, self.beside(four_bit), batch, "4-bit + adapter")),
         )
 
-    def _beside(self, base: Weights) -> Weights:
+    def beside(self, base: Weights) -> Weights:
         """Weights of a model with LoRA layers: factors of the adapter, the rest of a base."""
 
         def weights(name: str) -> torch.Tensor:
-            if ".lora_" in name:
-                factor = name.replace(f".{_NAME}", "")
-                if factor not in self.adapter:
-                    raise CheckpointError(
-                        f"{self.folder / ADAPTER_WEIGHTS}: no {factor}, though target_modules of "
-                        f"{ADAPTER_CONFIG} means it"
-                    )
-                return self.adapter[factor]
-            name = name.replace(".base_layer.", ".")
-            return self.adapter[name] if name in self.replaced else base(name)
+            name = name.replace(f".{ADAPTER_NAME}", "").replace(".base_layer.", ".")
+            return self.adapter[name] if name in self.adapter else base(name)
 
         return weights
 
@@ -322,15 +273,6 @@ def _adapter_folder(path: Path) -> Path:
         f"{path} holds no {ADAPTER_CONFIG}, so it is no adapter; a run without lora groups writes "
         "a whole checkpoint, which needs no merging"
     )
-
-
-def _at_path(path: str, module: nn.Module) -> nn.Module:
-    """An otherwise empty tree of modules with `module` at the dotted path."""
-    for name in reversed(path.split(".")):
-        parent = nn.Module()
-        parent.add_module(name, module)
-        module = parent
-    return module
 
 
 def _through_nf4(weight: torch.Tensor) -> torch.Tensor:
