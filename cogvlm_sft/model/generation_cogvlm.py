@@ -56,8 +56,17 @@ class CogVLMGenerationMixin(GenerationMixin):
         """The inputs of one step: new tokens, positions cut to them, token types in full.
 
         Raises:
-            ModelInputError: a cache is continued without the token types of what it holds.
+            ModelInputError: a cache is continued without the token types of what it holds, or a
+                row's padding stands on its right, where its answer is to go on.
         """
+        if is_first_iteration and attention_mask is not None and attention_mask.dim() == 2:
+            ends = attention_mask[:, -1] == 0
+            if ends.any():
+                raise ModelInputError(
+                    f"generate() goes on from the last column, which is padding in {ends.sum()} of "
+                    f"{len(ends)} rows; pad on the left (CogVLMProcessor does unless it is given "
+                    'padding_side="right")'
+                )
         token_type_ids = kwargs.pop("token_type_ids", None)
         position_ids = kwargs.pop("position_ids", None)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0

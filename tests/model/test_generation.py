@@ -63,6 +63,14 @@ def test_no_mask_given_does_not_hide_the_picture(tiny, make_batch):
     assert torch.equal(generate(tiny, batch), expected)
 
 
+def test_padding_on_the_right_is_refused(tiny, make_batch):
+    """An answer after padding would be made of nothing, and transformers only warns."""
+    batch = make_batch(tiny.config, ["i3", "7", "i"], "right")
+    with pytest.raises(ModelInputError, match=r"padding in 2 of 3 rows; pad on the left"):
+        generate(tiny, batch)
+    generate(tiny, make_batch(tiny.config, ["i3", "i3"], "right"))  # none is needed
+
+
 def test_positions_handed_to_every_step(tiny, make_batch, monkeypatch):
     batch = make_batch(tiny.config, ["i3", "2i"], "left")
     seen = []
