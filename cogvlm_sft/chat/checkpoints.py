@@ -39,8 +39,8 @@ def _base(folder: Path) -> Path | None:
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
         return None
-    tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    named = tree.get("model", {}).get("checkpoint") if isinstance(tree, dict) else None
-    if not isinstance(named, str):
-        return None
-    return named_checkpoint(named, folder)
+    try:
+        named = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["checkpoint"]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+        return None  # the run can be talked to all the same
+    return named_checkpoint(named, folder) if isinstance(named, str) else None

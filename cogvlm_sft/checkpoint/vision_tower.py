@@ -161,12 +161,15 @@ def _translate(
     depth = max(layers, default=0)  # numbers start at 0: all but the last
     makers: dict[str, Make] = {}
 
+    def need(name: str, ours: str) -> None:
+        if name not in shapes:
+            raise CheckpointError(f"{place}: {name} is missing, which {ours} is read from")
+
     def take(ours: str, theirs: str) -> None:
         name = prefix + theirs
         if name not in shapes and name + ".weight" in shapes:
             name += ".weight"  # an Embedding's table
-        if name not in shapes:
-            raise CheckpointError(f"{place}: {name} is missing, which {ours} is read from")
+        need(name, ours)
         makers[ours] = lambda: _flat(ours, read(name))
 
     for ours, theirs in table.items():
@@ -181,11 +184,15 @@ def _translate(
         if table is _TIMM and f"{block}qkv.bias" in shapes:
             take(f"{ours}bias", f"blocks.{n}.attn.qkv.bias")
         elif table is _TIMM:
+            need(f"{block}q_bias", f"{ours}bias")
+            need(f"{block}v_bias", f"{ours}bias")
             makers[f"{ours}bias"] = _bias_maker(
                 shapes, read, [f"{block}q_bias", None, f"{block}v_bias"]
             )
         else:
             parts = [f"{prefix}encoder.layers.{n}.self_attn.{part}_proj." for part in "qkv"]
+            for part in parts:
+                need(f"{part}weight", f"{ours}weight")
             makers[f"{ours}weight"] = _cat_maker(read, [f"{part}weight" for part in parts])
             biases = [f"{p}bias" if f"{p}bias" in shapes else None for p in parts]
             makers[f"{ours}bias"] = _bias_maker(

@@ -259,8 +259,9 @@ def test_checkpoints_of_a_run(run: Path, checkpoint: Path, tmp_path: Path) -> No
     found = related_checkpoints(run, [checkpoint, tmp_path / "model"])
     assert list(found) == ["run", "base", "step 2", "model", "model (2)"]
     assert found["base"] == checkpoint
-    (run / "recipe.yaml").write_text("model: {checkpoint: gone}\n")
-    assert "base" not in related_checkpoints(run)
+    for recipe in ("model: {checkpoint: gone}\n", "model: null\n", "model: [\n", "- a\n"):
+        (run / "recipe.yaml").write_text(recipe)
+        assert "base" not in related_checkpoints(run)
 
 
 def test_a_wrong_folder_is_said_before_the_page_opens(tmp_path: Path) -> None:

@@ -305,6 +305,17 @@ def test_a_tower_that_does_not_fit(
     torch.save({"args": argparse.Namespace()}, tmp_path / "more.pt")
     with pytest.raises(CheckpointError, match=r"more\.pt holds more than tensors"):
         compose(llama, tmp_path / "more.pt", tmp_path / "base", config=CONFIG)
+    for kind, lost in (
+        ("trunk", "visual.trunk.blocks.1.attn.q_bias"),
+        ("hf", "vision_model.encoder.layers.0.self_attn.k_proj.weight"),
+    ):
+        source = towers[kind] if towers[kind].is_file() else towers[kind] / "model.safetensors"
+        tensors = load_file(source)
+        del tensors[lost]
+        save_file(tensors, tmp_path / "lost.safetensors")
+        with pytest.raises(CheckpointError, match=f"{re.escape(lost)} is missing, which model"):
+            compose(llama, tmp_path / "lost.safetensors", tmp_path / "base",
+                    config={"vision_config": VISION})  # fmt: skip
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match=r"list\.pt: holds a list, expected a state dict"):
         compose(llama, tmp_path / "list.pt", tmp_path / "base", config=CONFIG)

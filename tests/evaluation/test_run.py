@@ -311,5 +311,5 @@ def test_mistakes_are_named(checkpoint: Path, tmp_path: Path) -> None:
         evaluate_checkpoint(checkpoint, "box_iou", files, images, output=tmp_path / "out")
     with pytest.raises(DataError, match="limit is 0"):
         evaluate_checkpoint(checkpoint, "exact_match", files, images, limit=0)
-    with pytest.raises(DataError, match="image folder"):
+    with pytest.raises(DataError, match="nowhere does not exist; give the pictures"):
         evaluate_checkpoint(checkpoint, "gqa", make("gqa", tmp_path)[0], tmp_path / "nowhere")

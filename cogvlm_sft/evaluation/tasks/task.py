@@ -219,6 +219,8 @@ class Pictures:
     """
 
     def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise DataError(f"image folder {folder} does not exist; give the pictures' as --images")
         self._folder = folder
         self._finder = ImageFinder(folder, [folder])
 
