@@ -92,18 +92,19 @@ def _check_tuning(recipe: Recipe) -> None:
     """
     model, tune, source = recipe.model, recipe.tune, recipe.source
     for name, group in tune.groups().items():
-        key = f"{source}: tune.{name}"
+        key, alone = f"{source}: tune.{name}", f"'tune.{name}={{mode: {group.mode}}}'"
         if group.mode == "frozen" and group.rate is not None:
             raise RecipeError(
                 f"{key}.rate is {group.rate:g}, but tune.{name}.mode is frozen, so nothing would "
-                f"learn at it; remove the rate (tune.{name}.rate=null), or set the mode to full or "
-                "lora"
+                f"learn at it; remove the rate, or set the mode to full or lora ({alone} on the "
+                "command line takes the place of all keys of the group)"
             )
         for option in ("rank", "alpha", "dropout", "variant"):
             if group.mode != "lora" and getattr(group, option) is not None:
                 raise RecipeError(
                     f"{key}.{option} is {getattr(group, option)!r}, but tune.{name}.mode is "
-                    f"{group.mode}; {option} belongs to mode lora: remove it, or set the mode"
+                    f"{group.mode}; {option} belongs to mode lora: remove it, or set the mode "
+                    f"({alone} on the command line takes the place of all keys of the group)"
                 )
     lora = tune.lora()
     if "embeddings" in lora:
