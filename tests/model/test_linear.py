@@ -60,6 +60,18 @@ def test_values_and_gradients(calls: list[torch.Size], bias: bool, shape: tuple[
     assert len(calls) == 3
 
 
+def test_a_vocabularys_gradient_comes_in_parts(
+    calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no transposed copy of all of its logits is made."""
+    monkeypatch.setattr(linear_cogvlm, "_PART", 16)
+    layer, rows = nn.Linear(24, 56, bias=False), torch.randn(37, 24)
+    ours, theirs = (results(layer, rows, way) for way in (partial(apply_linear, layer), layer))
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    assert [shape[0] for shape in calls if shape[1] == 37] == [16, 16, 16, 8]
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gated(frozen: bool, autocast: bool) -> None:
