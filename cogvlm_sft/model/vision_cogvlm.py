@@ -240,13 +240,14 @@ class CogVLMVisionModel(nn.Module):
             zero gradients.
         """
         vision = self.config.vision_config
-        weight = self.patch_embedding.proj.weight
+        # A module's own parameter: to look at another's, ZeRO-3 gathers it, on this rank alone.
+        like = self.boi
         if self._tower_is_trainable() or _is_sharded(self.transformer):
             side = vision.image_size
-            hidden = self._tower(weight.new_zeros(1, vision.in_channels, side, side))
+            hidden = self._tower(like.new_zeros(1, vision.in_channels, side, side))
         else:
             patches = 4 if self.config.is_cogvlm2 else 1  # the smallest grid that conv accepts
-            hidden = weight.new_zeros(1, 1 + patches, vision.hidden_size)
+            hidden = like.new_zeros(1, 1 + patches, vision.hidden_size)
         return self._adapt(hidden).float().mean() * 0.0
 
     def _tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
