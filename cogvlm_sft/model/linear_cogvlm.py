@@ -22,8 +22,9 @@ from torch.nn import functional
 
 from .expert_rows import swiglu
 
-# Multiply-adds below which preparing oneDNN's kernel costs more than it saves.
-_SMALL = 1 << 18
+# Multiply-adds below which preparing oneDNN's kernels costs more than it saves: where autograd
+# records, whose backward pass takes two more, and where it does not, above all in decoding.
+_SMALL, _SMALL_UNRECORDED = 1 << 22, 1 << 18
 _PART = 4096  # outputs of a weight gradient at once
 
 
@@ -98,7 +99,8 @@ def linear(
         type(rows) is torch.Tensor
         and rows.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.float32
-        and rows.numel() * weight.shape[0] >= _SMALL
+        and rows.numel() * weight.shape[0]
+        >= (_SMALL if torch.is_grad_enabled() else _SMALL_UNRECORDED)
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # called directly by the last layer

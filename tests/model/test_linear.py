@@ -31,6 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
     monkeypatch.setattr(linear_cogvlm, "_onednn_is_faster", lambda: True)
     monkeypatch.setattr(linear_cogvlm, "_SMALL", 1)
+    monkeypatch.setattr(linear_cogvlm, "_SMALL_UNRECORDED", 1)
     monkeypatch.setattr(linear_cogvlm, "_multiply", count)
     return found
 
