@@ -13,7 +13,7 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +36,8 @@ _BROKEN = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError,
     NotImplementedError,
 )  # fmt: skip
+
+Members = Iterator[tuple[str, IO[bytes] | None]]
 
 
 def is_archive(path: Path) -> bool:
@@ -91,7 +93,26 @@ def unpack(archive: Path) -> tuple[Path, list[str]]:
     """
     ending = next(e for e in sorted(ENDINGS, key=len, reverse=True)
                   if archive.name.lower().endswith(e))  # fmt: skip
-    folder = archive.with_name(archive.name[: -len(ending)])
+    members = _zip_members if ending == ".zip" else _tar_members
+    return write_out(archive, archive.with_name(archive.name[: -len(ending)]), members)
+
+
+def write_out(
+    archive: Path, folder: Path, members: Callable[[Path], Members]
+) -> tuple[Path, list[str]]:
+    """Writes the files in an archive to a folder, unless that was done before.
+
+    Args:
+        archive: The file.
+        folder: Theirs; one that a person made is taken as it is.
+        members: Name and content of every file; no content where it is no plain file.
+
+    Returns:
+        The folder, and the members that were refused.
+
+    Raises:
+        DataError: See `unpack`.
+    """
     state = archive.stat()
     stamp = {"archive": archive.name, "bytes": state.st_size, "time": state.st_mtime_ns}
     if folder.is_dir():
@@ -107,7 +128,7 @@ def unpack(archive: Path) -> tuple[Path, list[str]]:
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        refused = _unpack(archive, staging)
+        refused = _unpack(archive, members(archive), staging)
         (staging / _MARK).write_bytes(orjson.dumps({**stamp, "refused": refused}))
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(staging, folder)
@@ -130,11 +151,9 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _unpack(archive: Path, into: Path) -> list[str]:
+def _unpack(archive: Path, members: Members, into: Path) -> list[str]:
     refused: list[str] = []
     room = _SWELL * archive.stat().st_size + _SPARE
-    zipped = archive.name.lower().endswith(".zip")
-    members = _zip_members(archive) if zipped else _tar_members(archive)
     with progress(None, f"unpacking {archive.name}", " files") as bar:
         for name, content in members:
             bar.update()
@@ -162,8 +181,7 @@ def _unpack(archive: Path, into: Path) -> list[str]:
     return sorted(refused)
 
 
-def _zip_members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
-    """Name and content of every file; no content where it is no plain file."""
+def _zip_members(archive: Path) -> Members:
     with zipfile.ZipFile(archive) as content:
         for member in content.infolist():
             kind = (member.external_attr >> 16) & 0o170000
@@ -178,7 +196,7 @@ def _zip_members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
                 yield name, stream
 
 
-def _tar_members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
+def _tar_members(archive: Path) -> Members:
     with tarfile.open(archive, "r:*") as content:
         for member in content:
             if not member.isdir():

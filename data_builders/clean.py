@@ -134,7 +134,7 @@ def dialogue(messages: Any, notes: Counter[str]) -> list[str] | str:
     """Question, answer, question, answer … of a list of turns, or the reason to drop it.
 
     Args:
-        messages: Objects with `from`/`value` (LLaVA) or `role`/`content`.
+        messages: Objects with `from`/`value` (LLaVA) or `role`/`content`, a text or parts.
         notes: Repairs are counted here.
 
     Returns:
@@ -156,6 +156,8 @@ def dialogue(messages: Any, notes: Counter[str]) -> list[str] | str:
         text = message.get("value")
         if text is None:
             text = message.get("content")
+        if type(text) is list:
+            text = _text_parts(text)
         if type(text) is not str:
             return "text_not_a_string"
         if part != expected:
@@ -172,6 +174,13 @@ def dialogue(messages: Any, notes: Counter[str]) -> list[str] | str:
     if not turns:
         return "no_assistant_turn"
     return rounds(turns, notes)
+
+
+def _text_parts(parts: list[Any]) -> str | None:
+    """The words of a content in parts, pictures among them, as processors take it."""
+    texts = [part.get("text") for part in parts
+             if type(part) is dict and part.get("type") == "text"]  # fmt: skip
+    return "\n".join(texts) if all(type(text) is str for text in texts) else None
 
 
 def rounds(turns: list[str], notes: Counter[str]) -> list[str] | str:

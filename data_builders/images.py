@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cogvlm_sft.errors import DataError
+from data_builders.progress import progress
 
 SUFFIXES = frozenset(
     [
@@ -175,7 +176,12 @@ class ImageFinder:
                 yield [path for path in found if PurePosixPath(path).parent.name in _VG_FOLDERS]
 
     def _list(self, folder: Path, prefix: str, seen: Any) -> None:
-        for relative, stamp in sorted(_walk(folder, self.root)):
+        found = []
+        with progress(None, f"listing {folder.name}", " pictures", scale=True, delay=2) as bar:
+            for entry in _walk(folder, self.root):
+                found.append(entry)
+                bar.update()
+        for relative, stamp in sorted(found):
             path = prefix + relative
             seen.update(f"{path}\0{stamp}\n".encode("utf-8", "surrogateescape"))
             self._by_stem.setdefault(_stem(relative), []).append(path)

@@ -51,9 +51,13 @@ def run_pipeline(work: WorkFolder, recipe: BuildRecipe) -> dict[str, Any]:
     held_out = read_held_out(recipe.decontaminate)
     counter_of(recipe.tokenizer)  # the report counts in the end; a mistake shows now
     entries, refused = _unpacked(recipe)
-    root = _image_root(recipe, entries)
     sources = [load_source(entry.source)(entry) for entry in entries]
     inputs = [facts for source in sources for facts in _inputs(source)]
+    entries = [
+        entry.model_copy(update={"images": entry.images + source.unpack_pictures()})
+        for entry, source in zip(entries, sources, strict=True)
+    ]
+    root = _image_root(recipe, entries)
     finders = [ImageFinder(root, entry.images, recipe.images.check) for entry in entries]
     content = recipe.model_dump(mode="json", exclude={"workers", "out", "engine"})
     for entry in content["sources"]:  # an order that means nothing leaves no trace

@@ -10,7 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int | None, what: str, unit: str, done: int = 0, scale: bool = False) -> Any:
+def progress(
+    total: int | None, what: str, unit: str, done: int = 0, scale: bool = False, delay: float = 0
+) -> Any:
     """A tqdm bar on stderr; to be used in a `with` block.
 
     Args:
@@ -19,8 +21,9 @@ def progress(total: int | None, what: str, unit: str, done: int = 0, scale: bool
         unit: Name of a unit, with a leading blank.
         done: Units that an earlier run has done.
         scale: Whether to print thousands and millions as k and M.
+        delay: Seconds before the bar appears; for work that is mostly done before.
     """
     return tqdm(
         total=total, initial=done, desc=what, unit=unit, unit_scale=scale, smoothing=0.1,
-        mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True, delay=delay,
     )  # fmt: skip

@@ -117,6 +117,10 @@ class Source(ABC):
             raise DataError(f"source {self.entry.name}: no annotations given; it reads {names}")
         return sorted(set(self.entry.annotations), key=lambda path: (path.name, str(path)))
 
+    def unpack_pictures(self) -> list[Path]:
+        """Writes out pictures that the annotation files themselves hold; returns their folders."""
+        return []
+
     def batches(self, finder: ImageFinder) -> Iterator[Batch]:
         """Raw records in batches: the items of a list, or if `keyed` the entries of an object."""
         for path in self.inputs():

@@ -1,4 +1,4 @@
-"""Reads CSV, TSV and Parquet tables as rows, with the line in every message.
+"""Reads CSV and TSV tables as rows, with the line in every message.
 
 Tables are strict: a quote that is never closed or a byte that is not UTF-8 fails the build with its
 place; a row with too few or too many cells is handed on as malformed, to be dropped by name. Each
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_sft.errors import DataError
-from data_builders.annotations import ROWS, require_file
+from data_builders.annotations import require_file
 
 
 def csv_rows(path: Path, delimiter: str, needed: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -42,7 +42,7 @@ def csv_rows(path: Path, delimiter: str, needed: Mapping[str, str]) -> Iterator[
                     continue
                 if not header:
                     header = [cell.strip() for cell in cells]
-                    _check_header(f"{path}:{begins}", header, needed)
+                    check_header(f"{path}:{begins}", header, needed)
                     continue
                 row: dict[str, Any] = dict(zip(header, cells, strict=False))
                 row["_line"] = begins
@@ -67,32 +67,17 @@ def csv_rows(path: Path, delimiter: str, needed: Mapping[str, str]) -> Iterator[
         yield last
 
 
-def parquet_rows(path: Path, needed: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file.
+def check_header(where: str, found: list[str], needed: Mapping[str, str]) -> None:
+    """Looks at the names of a table's columns.
 
     Args:
-        path: The file.
+        where: File and line, for messages.
+        found: The names.
         needed: Our name of each column that must be there, to the file's.
 
     Raises:
-        DataError: The file is truncated or no Parquet file, or a column is missing.
+        DataError: A column is missing or there twice.
     """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(require_file(path)) as file:
-            _check_header(str(path), file.schema_arrow.names, needed)
-            for part in file.iter_batches(batch_size=ROWS):
-                yield from part.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"{path}: not a readable Parquet file of {path.stat().st_size} bytes "
-            f"({str(error).splitlines()[0]}); is it truncated?"
-        ) from None
-
-
-def _check_header(where: str, found: list[str], needed: Mapping[str, str]) -> None:
     for key, name in needed.items():
         if name not in found:
             hint = f"Say which one it is: columns: {{{key}: …}}, or --columns {key}=…"

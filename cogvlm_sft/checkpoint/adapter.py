@@ -21,6 +21,7 @@ from cogvlm_sft.tune.naming import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     IMAGE_SIZE_NOTE,
+    LINEARS,
     PREFIX,
     QUANTIZED_NOTE,
 )
@@ -162,10 +163,19 @@ def quantized_groups(folder: Path) -> tuple[list[str], torch.dtype] | None:
         CheckpointError: the weights are missing or damaged.
     """
     found = _note(folder, QUANTIZED_NOTE)
+    if found is None:
+        return None
     try:
-        return None if found is None else (found["groups"], getattr(torch, found["dtype"]))
+        groups, dtype = list(found["groups"]), getattr(torch, found["dtype"])
+        strange = set(groups) - LINEARS.keys()
     except (LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: a damaged note: {error!r}") from None
+    if strange or not isinstance(dtype, torch.dtype):
+        raise CheckpointError(
+            f"{folder / ADAPTER_WEIGHTS}: a damaged note: groups {groups} in {found['dtype']}, "
+            f"expected some of {', '.join(LINEARS)} and a dtype of torch"
+        )
+    return groups, dtype
 
 
 def trained_image_size(folder: Path) -> int | None:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from cogvlm_sft.cli import checkpoint, data, model, recipe
 from cogvlm_sft.cli.arguments import Command
-from cogvlm_sft.errors import CogVLMSFTError
+from cogvlm_sft.errors import CogVLMSFTError, RecipeError
+from cogvlm_sft.launch import local_rank
 
 _STANDS_ON = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 
@@ -42,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(parsed)
     except CogVLMSFTError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # All processes of a run read the same recipe: a machine says once what is wrong with it.
+        if local_rank() == 0 or not isinstance(error, RecipeError):
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)

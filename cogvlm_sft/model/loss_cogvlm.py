@@ -2,7 +2,9 @@
 
 torch keeps the log-probabilities of all tokens in fp32 beside the logits and makes their gradient
 in a third tensor of that size. Here the forward pass keeps one number a row, and the backward pass
-writes the gradient over the logits, some rows at a time. The sums are fp32 whatever the dtype.
+writes the gradient over the logits, some rows at a time. The sums are fp32 whatever the dtype. By
+hand, because torch's own `linear_cross_entropy` is there from 2.13 on only and multiplies by the
+head's bare weight, past `model/linear_cogvlm.py` and whatever wraps the head.
 """
 
 from __future__ import annotations

@@ -55,6 +55,13 @@ def check_together(recipe: Recipe) -> None:
             f"{source}: evaluate asks for held-out loss, but data.validation is null; "
             "name a validation file or build, give evaluate.prompts, or leave evaluate out"
         )
+    if evaluate is not None and not evaluate.prompts:
+        longest = type(evaluate).model_fields["max_new_tokens"].default
+        if evaluate.max_new_tokens != longest:
+            raise RecipeError(
+                f"{source}: evaluate.max_new_tokens is {evaluate.max_new_tokens}, the longest "
+                "answer to a prompt, but evaluate.prompts is empty; give prompts, or remove it"
+            )
     _check_batches(recipe)
     recipe.accumulation_steps(launch.world_size())
 

@@ -4,7 +4,9 @@ Tables are CSV, TSV, JSON Lines, JSON or Parquet, by file ending. Columns are `i
 `answer` unless `columns` says otherwise. Several questions about a picture are several rows; rows
 that share a `conversation` value become the turns of one dialogue, in the order of `turn` where
 that column is there, else of the file. In JSON, `turns` may hold a list of turns instead, and
-`answer` a list of several people's answers (the most frequent one is taken). Without annotations,
+`answer` a list of several people's answers (the most frequent one is taken); the layouts of TRL and
+ms-swift (`messages` and a list of `images`) are read as they are, and pictures inside of a Parquet
+table are written out beside it. Without annotations,
 every picture below the image folders is a record whose answer is the file's name without its
 extension, as in CogVLM's own captcha example, or with `label_from: folder` the name of its folder;
 `label_pattern` picks a part of either. Rows whose `split` column says val or test stay out, unless
@@ -21,7 +23,7 @@ Usage:
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -32,10 +34,11 @@ from cogvlm_sft.errors import DataError
 from data_builders.annotations import ROWS, Batch, read_records
 from data_builders.clean import dialogue, human_answers, majority, rounds, text_of
 from data_builders.images import ImageFinder
+from data_builders.parquet import parquet_columns, parquet_rows, unpack_pictures
 from data_builders.published import File, Folder
 from data_builders.source import Draft, Source
 from data_builders.splits import SplitOptions, split_named
-from data_builders.tables import csv_rows, parquet_rows
+from data_builders.tables import csv_rows
 
 # What a spreadsheet runs: a call, a DDE link, a cell, arithmetic behind an equals sign.
 _FORMULA = re.compile(
@@ -109,6 +112,13 @@ class CustomVQA(Source):
     needs_annotations = False
     Options = CustomOptions
 
+    def unpack_pictures(self) -> list[Path]:
+        """See `data_builders.parquet`."""
+        tables = [path for path in self.entry.annotations if path.suffix.lower() == ".parquet"]
+        folders = [unpack_pictures(path, self._pictured_by(parquet_columns(path)))
+                   for path in tables]  # fmt: skip
+        return [folder for folder in folders if folder is not None]
+
     def batches(self, finder: ImageFinder) -> Iterator[Batch]:
         """Rows, rows joined to dialogues, or the pictures of a labelled folder."""
         if not self.entry.annotations:
@@ -144,8 +154,7 @@ class CustomVQA(Source):
             return held_out
         if self._formula(record):
             return "spreadsheet_formula"
-        name = self._column
-        inner = record.get(name("turns"), record.get("messages", record.get("conversations")))
+        inner = next((record[key] for key in self._nested() if key in record), None)
         if inner is not None:
             turns = _turns(inner, notes)
         else:
@@ -180,6 +189,17 @@ class CustomVQA(Source):
 
     def _column(self, key: Column) -> str:
         return self.options.columns.get(key, key)
+
+    def _nested(self) -> tuple[str, ...]:
+        """Names under which a record may hold all its turns."""
+        return self._column("turns"), "messages", "conversations"
+
+    def _pictured_by(self, names: Collection[str]) -> str:
+        """The column of pictures: `image`, or `images` where that is there instead."""
+        column = self._column("image")
+        return (
+            "images" if column == "image" and "image" not in names and "images" in names else column
+        )
 
     def _pair(self, row: dict[str, Any]) -> tuple[str, str] | str:
         asked = row.get(self._column("question"))
@@ -221,7 +241,7 @@ class CustomVQA(Source):
             if type(pair) is str:
                 return pair
             turns.extend(pair)
-            images.add(str(row.get(self._column("image")) or ""))
+            images.add(str(row.get(self._pictured_by(row)) or ""))
         if len(images - {""}) > 1:
             return "conversation_with_several_images"
         cleaned = rounds(turns, notes)
@@ -229,7 +249,7 @@ class CustomVQA(Source):
         return self._finish(cleaned, rows[0])
 
     def _finish(self, turns: list[str], row: dict[str, Any]) -> Draft | str:
-        image = row.get(self._column("image"))
+        image = row.get(self._pictured_by(row))
         if type(image) is list:
             if len(image) > 1:  # CogVLM reads one picture
                 return "several_images"
@@ -302,7 +322,7 @@ class CustomVQA(Source):
 
     def _pictured(self, row: dict[str, Any], rows: list[Any]) -> dict[str, Any]:
         """A conversation's first row, with the picture that any row of it may name."""
-        column = self._column("image")
+        column = self._pictured_by(row)
         named = (other[column] for other in rows if type(other) is dict and other.get(column))
         return row if row.get(column) else {**row, column: next(named, None)}
 
@@ -316,7 +336,11 @@ class CustomVQA(Source):
             between = self.options.delimiter or ("\t" if ending == ".tsv" else ",")
             rows = csv_rows(path, between, needed)
         elif ending == ".parquet":
-            rows = parquet_rows(path, needed)
+            found = parquet_columns(path)
+            column = needed["image"] = self._pictured_by(found)
+            if set(self._nested()) & set(found):
+                needed = {"image": column}
+            rows = parquet_rows(path, needed, pictures=column)
         elif ending in (".json", ".jsonl", ".ndjson"):
             yield from read_records(path, self.wrappers)
             return

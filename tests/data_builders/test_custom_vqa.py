@@ -347,3 +347,66 @@ def test_damaged_tables_are_a_data_error(ending, cut, over, whole, tmp_path_fact
 def test_an_empty_folder_is_an_error(root, run):
     with pytest.raises(DataError, match="no picture found"):
         run("custom_vqa", [])
+
+
+def test_pictures_inside_of_a_parquet_table(picture, run, root, tmp_path):
+    """As the Hub holds them: written out once, one file for the rows about one picture."""
+    held = [picture(tmp_path / name, number).read_bytes()
+            for number, name in enumerate(["a.jpg", "b.png"])]  # fmt: skip
+    cells = [{"bytes": held[place], "path": None} for place in (0, 1, 0)]
+    table = {"image": cells, "question": ["q1", "q2", "q3"], "answer": ["1", "2", "3"]}
+    file = root / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(table), file)
+    _, built, result = run("custom_vqa", [file])
+    first, second, third = (record["images"][0] for record in built)
+    assert first == third != second
+    assert sorted((root / name).read_bytes() for name in (first, second)) == sorted(held)
+    assert len(list((root / "train_pictures").glob("[!.]*"))) == 2
+    written = (root / first).stat().st_mtime_ns
+    _, again, _ = run("custom_vqa", [file], out=str(tmp_path / "again"))
+    assert again == built
+    assert (root / first).stat().st_mtime_ns == written
+    # Another table of that name, another picture.
+    pyarrow.parquet.write_table(pyarrow.table(table).slice(1, 1), file)
+    _, other, _ = run("custom_vqa", [file], out=str(tmp_path / "other"))
+    assert [record["images"] for record in other] == [[second]]
+    assert not (root / first).exists()
+    assert result.manifest["pictures"]["checked"] == 2
+
+
+def test_a_damaged_picture_inside_of_a_table_is_dropped_alone(picture, run, root, tmp_path):
+    good = picture(tmp_path / "a.png", 0).read_bytes()
+    cells = [{"bytes": good, "path": "x"}, {"bytes": good[:200], "path": "y"}, None,
+             {"bytes": b"", "path": "z"}]  # fmt: skip
+    table = {"image": cells, "question": list("abcd"), "answer": list("1234")}
+    pyarrow.parquet.write_table(pyarrow.table(table), root / "t.parquet")
+    report, built, _ = run("custom_vqa", [root / "t.parquet"])
+    assert [record["messages"][1]["content"] for record in built] == ["1"]
+    assert sum(report["dropped"].values()) == 3
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_layout_of_other_trainers(inside, picture, run, root, tmp_path):
+    """`messages` with words or parts and a list of `images`, in Parquet and in JSON Lines."""
+    path = picture(root / "a.png", 0)
+    cell = (
+        {"bytes": path.read_bytes(), "path": "a.png"}
+        if inside
+        else {"bytes": None, "path": "a.png"}
+    )
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+    rows = [
+        {"images": [cell], "messages": [{"role": "user", "content": parts},
+                                        {"role": "assistant", "content": parts[1:]}]},
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / "t.parquet")
+    _, built, _ = run("custom_vqa", [root / "t.parquet"])
+    assert [m["content"] for m in built[0]["messages"]] == ["<image>\nWhat?", "What?"]
+    assert (root / built[0]["images"][0]).read_bytes() == path.read_bytes()
+    assert (root / "t_pictures").exists() == inside
+    said = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "this"}]
+    line = {"images": ["a.png"], "messages": said}
+    lines = tmp_path / "swift.jsonl"
+    lines.write_text(json.dumps(line) + "\n")
+    _, built, _ = run("custom_vqa", [lines], out=str(tmp_path / "lines"))
+    assert texts(built) == [(["a.png"], ["<image>\nWhat?", "this"])]

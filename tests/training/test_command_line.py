@@ -55,6 +55,13 @@ def rewrite(world: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None
     return str(path)
 
 
+def test_a_machine_says_a_recipe_mistake_once(train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    said = train("train.iteration=3")
+    assert said.status == 2
+    assert not said.stderr
+
+
 def test_recipe_mistakes(train: Run, tmp_path: Path) -> None:
     refused(train("train.iteration=3"), "train.iteration", "did you mean 'train.iterations'")
     refused(train("train.iterations=many"), "train.iterations", "'many'", "integer")
@@ -161,6 +168,7 @@ def test_a_recipe_scores_its_tasks_on_the_finished_checkpoint(
         "did you mean 'exact_match'",
     )
     refused(train("evaluate={batch_size: 2}"), "evaluate.every is null")
+    refused(train("evaluate.max_new_tokens=9", evaluate__tasks=tasks), "evaluate.prompts is empty")
     assert not (tmp_path / "run").exists()
     done = train("train.iterations=2", evaluate__tasks=tasks)
     assert done.status == 0, done.stderr

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from cogvlm_sft import CheckpointError, CogVLMForCausalLM, Recipe
+from cogvlm_sft.checkpoint.adapter import quantized_groups
 from cogvlm_sft.checkpoint.load import build_model, load_model
 from cogvlm_sft.checkpoint.merge import merge
 from cogvlm_sft.tune.adapters import AdapterFiles, apply_tuning, load_adapter
@@ -272,6 +273,16 @@ def test_damaged_or_foreign_adapters(
     harm(adapter)
     with pytest.raises(CheckpointError, match=words):
         load_model(adapter)
+
+
+@pytest.mark.parametrize(
+    "note", [{"groups": ["languages"], "dtype": "float32"}, {"groups": [], "dtype": "nn"}, [], 1]
+)
+def test_a_damaged_note_of_four_bit_groups(adapter: Path, note: object) -> None:
+    file = adapter / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"quantized": json.dumps(note)})
+    with pytest.raises(CheckpointError, match="a damaged note"):
+        quantized_groups(adapter)
 
 
 def test_a_base_named_from_where_the_training_ran(
