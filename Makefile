@@ -2,8 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
-# Threads that spin while they wait starve the second core.
-export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: setup browser language-model demo test test-fast lint clean
 

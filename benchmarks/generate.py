@@ -1,6 +1,6 @@
 """Greedy generation: a batch of 8 against one at a time, and 8 questions about one picture.
 
-python -m benchmarks.generate [--rounds N] [--threads N] [--tokens N]
+python -m benchmarks.generate [--rounds N] [--threads N] [--tokens N [N ...]]
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=32)
+    # The longest answer of the chat, a long sentence, and the few tokens of VQA, where the picture
+    # is nearly all of the work.
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 96, 4])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model = build(MEDIUM)
@@ -36,8 +38,7 @@ def main() -> None:
         )
 
     rows = []
-    # Short answers are those of VQA: there the picture is nearly all of the work.
-    for tokens in (given.tokens, 4):
+    for tokens in given.tokens:
         count = tokens
         times = interleave(
             {

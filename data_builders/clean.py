@@ -178,9 +178,13 @@ def dialogue(messages: Any, notes: Counter[str]) -> list[str] | str:
 
 def _text_parts(parts: list[Any]) -> str | None:
     """The words of a content in parts, pictures among them, as processors take it."""
-    texts = [part.get("text") for part in parts
-             if type(part) is dict and part.get("type") == "text"]  # fmt: skip
-    return "\n".join(texts) if all(type(text) is str for text in texts) else None
+    texts: list[str] = []
+    for part in parts:
+        if type(part) is dict and part.get("type") == "text":
+            if type(part.get("text")) is not str:
+                return None
+            texts.append(part["text"])
+    return "\n".join(texts)
 
 
 def rounds(turns: list[str], notes: Counter[str]) -> list[str] | str:

@@ -35,9 +35,7 @@ def parquet_columns(path: Path) -> list[str]:
     return names
 
 
-def parquet_rows(
-    path: Path, needed: Mapping[str, str], pictures: str | None = None
-) -> Iterator[dict[str, Any]]:
+def parquet_rows(path: Path, needed: Mapping[str, str], pictures: str) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file.
 
     Args:
@@ -50,7 +48,7 @@ def parquet_rows(
     """
     with _opened(path) as file:
         check_header(str(path), file.schema_arrow.names, needed)
-        inside = pictures is not None and _may_hold_pictures(file, pictures)
+        inside = _may_hold_pictures(file, pictures)
         for part in file.iter_batches(batch_size=_PICTURE_ROWS if inside else ROWS):
             rows: list[dict[str, Any]] = part.to_pylist()
             for row in rows if inside else ():
