@@ -85,11 +85,13 @@ def main() -> None:
         peak, of_torch = (2 * SIZE**3 / times.median(name) for name in (fastest, "torch.mm"))
         for way in ("trainer", "bare model", "without oneDNN"):
             ratio = times.ratio("baseline", way)
+            over_bare = times.ratio(way, "bare model")
             rows.append(
                 {
                     "batch": name, "way": way, "seconds": times.median(way),
                     "baseline s": times.median("baseline"),
                     **{f"x {key}": value for key, value in ratio.items()},
+                    "over bare": over_bare["wall"], "over bare cpu": over_bare["cpu"],
                     "GFLOP": needed / 1e9, "peak GFLOP/s": peak / 1e9,
                     "of peak": needed / times.median(way) / peak,
                     "best of peak": needed / min(times.wall[way]) * min(times.wall[fastest])
