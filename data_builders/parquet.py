@@ -49,10 +49,12 @@ def parquet_rows(path: Path, needed: Mapping[str, str], pictures: str) -> Iterat
     with _opened(path) as file:
         check_header(str(path), file.schema_arrow.names, needed)
         inside = _may_hold_pictures(file, pictures)
+        # Tables of one data set may hold the same picture, and be called the same.
+        folder = "/".join(_folder(path.resolve()).parts[-2:])
         for part in file.iter_batches(batch_size=_PICTURE_ROWS if inside else ROWS):
             rows: list[dict[str, Any]] = part.to_pylist()
             for row in rows if inside else ():
-                row[pictures] = _named(row[pictures])
+                row[pictures] = _named(row[pictures], folder)
             yield from rows
 
 
@@ -72,10 +74,11 @@ def unpack_pictures(path: Path, column: str) -> Path | None:
     with _opened(path) as file:
         if not _may_hold_pictures(file, column) or next(_pictures(file, column), None) is None:
             return None
-    folder, _ = write_out(
-        path, path.with_name(f"{path.stem}_pictures"), lambda table: _members(table, column)
-    )
-    return folder
+    return write_out(path, _folder(path), lambda table: _members(table, column))[0]
+
+
+def _folder(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_pictures")
 
 
 def _members(path: Path, column: str) -> Members:
@@ -111,12 +114,12 @@ def _may_hold_pictures(file: Any, column: str) -> bool:
     return bool(pyarrow.types.is_binary(held) or pyarrow.types.is_large_binary(held))
 
 
-def _named(cell: Any) -> Any:
+def _named(cell: Any, folder: str) -> Any:
     if isinstance(cell, list):
-        return [_named(one) for one in cell]
+        return [_named(one, folder) for one in cell]
     if cell is None or cell["bytes"] is None:
         return cell
-    return _name(cell["bytes"])
+    return f"{folder}/{_name(cell['bytes'])}"
 
 
 def _name(content: bytes) -> str:

@@ -374,6 +374,20 @@ def test_pictures_inside_of_a_parquet_table(picture, run, root, tmp_path):
     assert result.manifest["pictures"]["checked"] == 2
 
 
+@pytest.mark.parametrize("names", [("1.parquet", "2.parquet"), ("a/t.parquet", "b/t.parquet")])
+def test_tables_that_hold_the_same_picture(names, picture, run, root, tmp_path):
+    held = picture(tmp_path / "a.png", 0).read_bytes()
+    files = [root / name for name in names]
+    for number, file in enumerate(files):
+        file.parent.mkdir(exist_ok=True)
+        table = {"image": [{"bytes": held, "path": None}], "question": [f"q{number}"],
+                 "answer": ["x"]}  # fmt: skip
+        pyarrow.parquet.write_table(pyarrow.table(table), file)
+    _, built, _ = run("custom_vqa", files)
+    folders = {str((root / record["images"][0]).parent.relative_to(root)) for record in built}
+    assert folders == {name.replace(".parquet", "_pictures") for name in names}
+
+
 def test_a_damaged_picture_inside_of_a_table_is_dropped_alone(picture, run, root, tmp_path):
     good = picture(tmp_path / "a.png", 0).read_bytes()
     cells = [{"bytes": good, "path": "x"}, {"bytes": good[:200], "path": "y"}, None,
