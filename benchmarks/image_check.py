@@ -1,15 +1,14 @@
 """How fast pictures are checked, against bare Pillow: decode rate of one process times cores.
 
 Saves photographs of COCO's usual size, decodes all of them once in this process with nothing but
-`Image.open(path).load()`, then checks them as a build does, in one process for each core. Prints
-one JSON line; the bound is 0.85 of the bare rate times the cores. Needs a quiet machine and the
-extra `demo`, whose packages carry the photographs.
+`Image.open(path).load()`, then checks them as a build does, in one process for each core. The bound
+is 0.85 of the bare rate times the cores. Needs a quiet machine and the extra `demo`, whose packages
+carry the photographs.
 
-    python benchmarks/image_check.py [--pictures N] [--workers N] [--hashed]
+    python -m benchmarks.image_check [--pictures N] [--workers N] [--hashed]
 """
 
 import argparse
-import json
 import os
 import random
 import tempfile
@@ -60,11 +59,14 @@ def main() -> None:
         facts = check_images(folder, names, ImageLimits(), given.hashed, given.workers)
         rate = len(names) / (time.perf_counter() - start)
     assert all(fact.reason is None for fact in facts)
-    print(json.dumps({
+    from benchmarks.measure import report  # worker processes need no torch
+    from benchmarks.models import RESULTS
+
+    row = {
         "pictures": len(names), "workers": given.workers, "hashed": given.hashed,
-        "bare_per_second": round(bare, 1), "checked_per_second": round(rate, 1),
-        "share_of_bare_times_cores": round(rate / (bare * given.workers), 3),
-    }))  # fmt: skip
+        "bare / s": bare, "checked / s": rate, "of bare x cores": rate / (bare * given.workers),
+    }  # fmt: skip
+    report("image_check", [row], RESULTS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The memory estimate against what a process really takes, on the CPU.
 
-    python benchmarks/memory.py              every case, a table
-    python benchmarks/memory.py --case lora  one case, a JSON object
+    python -m benchmarks.memory              every case, a table
+    python -m benchmarks.memory --case lora  one case, a JSON object
 
 Each case is a recipe on a CogVLM of some ten million parameters (fp32, 224 px, a picture and 254
 tokens of text a row). It runs three training steps in a process of its own; measured is the highest
@@ -164,20 +164,25 @@ def main() -> int:
     if parsed.case:
         print(json.dumps(measure(parsed.case)))
         return 0
-    print(f"{'case':<24} {'estimate, MiB':>14} {'measured':>9} {'ratio':>6}")
-    for name in CASES:
-        command = [sys.executable, __file__, "--case", name]
+    from tqdm import tqdm
+
+    from benchmarks.measure import report
+    from benchmarks.models import RESULTS
+
+    rows = []
+    for name in tqdm(CASES, unit="case"):
+        command = [sys.executable, "-m", "benchmarks.memory", "--case", name]
         # glibc keeps freed blocks below 32 MiB for itself unless told otherwise.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         printed = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=True
         ).stdout
-        row = json.loads(printed.splitlines()[-1])
-        print(
-            f"{name:<24} {row['estimated'] / 2**20:>14,.0f} {row['measured'] / 2**20:>9,.0f} "
-            f"{row['ratio']:>6.2f}",
-            flush=True,
-        )
+        found = json.loads(printed.splitlines()[-1])
+        rows.append(
+            {"case": name, "estimate MiB": found["estimated"] / 2**20,
+             "measured MiB": found["measured"] / 2**20, "ratio": found["ratio"]}
+        )  # fmt: skip
+    report("memory", rows, RESULTS)
     return 0
 
 

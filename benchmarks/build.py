@@ -2,9 +2,9 @@
 
 Writes 157,712 LLaVA, 342,799 LRV and 173,212 LLaVAR records (LLaVA's part inside) without pictures,
 builds them with picture checks off, and compares with one plain orjson read and write of the same
-files in the same process. Prints one JSON line; bounds are 6 times that and 1.5 GiB.
+files in the same process. The bounds are 6 times that and 1.5 GiB.
 
-    python -m benchmarks.data_build [--folder DIR] [--workers N]
+    python -m benchmarks.build [--folder DIR] [--workers N]
 """
 
 import argparse
@@ -23,6 +23,7 @@ from data_builders.build import build_recipe
 from data_builders.recipe import parse_recipe
 
 LLAVA, LRV, LLAVAR = 157_712, 342_799, 15_500
+RESULT = "result.json"
 WORDS = [
     "the",
     "a",
@@ -93,10 +94,15 @@ def main() -> None:
             process.join()
             if process.exitcode:
                 raise SystemExit(process.exitcode)
+        row = json.loads((Path(name) / RESULT).read_text(encoding="utf-8"))
+    from benchmarks.measure import report  # torch would count as the build's memory
+    from benchmarks.models import RESULTS
+
+    report("build", [row], RESULTS)
 
 
 def measure(folder: Path, workers: int) -> None:
-    """Builds, reads and writes the same files plainly, and prints the line."""
+    """Builds, reads and writes the same files plainly, and leaves the figures in the folder."""
     files = ("llava.json", "lrv.json", "llavar.json")
     sources = [
         {"source": source, "annotations": str(folder / file)}
@@ -119,12 +125,12 @@ def measure(folder: Path, workers: int) -> None:
         )
     plain = time.perf_counter() - start
     size = sum((folder / file).stat().st_size for file in files)
-    print(json.dumps({
-        "conversations": result.conversations, "read": result.read, "megabytes": size // 10**6,
-        "seconds": round(seconds, 2), "plain_seconds": round(plain, 2),
-        "times_plain": round(seconds / plain, 2), "peak_gib": round(peak, 3),
-        "largest_child_gib": round(child, 3), "workers": workers,
-    }))  # fmt: skip
+    row = {
+        "conversations": result.conversations, "read": result.read, "MB": size // 10**6,
+        "seconds": seconds, "plain s": plain, "x plain": seconds / plain, "peak GiB": peak,
+        "largest worker GiB": child, "workers": workers,
+    }  # fmt: skip
+    (folder / RESULT).write_text(json.dumps(row), encoding="utf-8")
 
 
 if __name__ == "__main__":
