@@ -162,6 +162,9 @@ def build_page(
     ) as blocks:
         picture = gr.State(None)
         histories = gr.State({})
+        # How often an answer was broken off. Changed in place, so that the one being written sees
+        # it: Gradio's own way to cancel may come late, or be lost, on a busy machine.
+        broken_off = gr.State([0])
         gr.Markdown(f"# CogVLM\n{checkpoint}", elem_id="title")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
@@ -247,7 +250,11 @@ def build_page(
         def fresh_columns() -> list[Any]:
             return [gr.Chatbot(value=[]) for _ in chats] + [_no_drawing(gr) for _ in drawings]
 
-        def on_upload(path: str | None) -> list[Any]:
+        def break_off(count: list[int]) -> None:
+            count[0] += 1
+
+        def on_upload(path: str | None, count: list[int]) -> list[Any]:
+            break_off(count)
             try:
                 shown = None if path is None else read_upload(Path(path))
             except CogVLMSFTError as error:
@@ -272,10 +279,17 @@ def build_page(
                 updates.append(gr.Chatbot(value=_messages(known.get(label, [])), label=label))
             return [*updates, *[_no_drawing(gr) for _ in drawings]]
 
+        def on_tick(
+            labels_chosen: list[str], known: dict[str, History], count: list[int]
+        ) -> list[Any]:
+            break_off(count)
+            return on_choice(labels_chosen, known)
+
         def on_ask(
             asked: str, path: str | None, labels_chosen: list[str], prompt: str, longest: int,
-            heat: float, share: float, known: dict[str, History],
+            heat: float, share: float, known: dict[str, History], count: list[int],
         ) -> Iterator[list[Any]]:  # fmt: skip
+            begun = count[0]
             before = {label: _messages(known.get(label, [])) for label in labels_chosen}
             values: list[Any] = [gr.skip()] * (2 * COLUMNS)
             decoding = Decoding(int(longest), heat, share)
@@ -284,6 +298,8 @@ def build_page(
             try:
                 stream = answers(shelf, labels_chosen, source, asked, prompt, decoding, known)
                 for label, said in stream:
+                    if count[0] != begun:
+                        return
                     number = labels_chosen.index(label)
                     rounds = [*before[label], *_messages([(asked.strip(), said)])]
                     values[number] = gr.Chatbot(value=rounds)
@@ -296,35 +312,42 @@ def build_page(
                 kept = gr.skip() if len(asked) <= 4 * MAX_CHARACTERS else ""
                 yield [gr.HTML(_plain(error), visible=True), kept, *values, known]
 
-        def on_anew() -> list[Any]:
+        def on_anew(count: list[int]) -> list[Any]:
+            break_off(count)
             return [gr.HTML(visible=False), {}, *fresh_columns()]
 
         running = gr.on(
             [ask.click, question.submit],
             on_ask,
-            [question, picture, chosen, style, tokens, temperature, top_p, histories],
+            [question, picture, chosen, style, tokens, temperature, top_p, histories, broken_off],
             [notice, question, *results, histories],
             concurrency_limit=1,
             show_progress="minimal",
         )
-        # An answer that went on would write into columns that are no longer its own. Gradio breaks
-        # it off beside the event itself, so its last piece may come after: what the conversations
-        # hold is shown once more.
+        # An answer that went on would write into columns that are no longer its own. It is broken
+        # off beside the event itself, so its last piece may come after: what the conversations hold
+        # is shown once more.
         uploaded = gr.on(
             [upload.upload, upload.clear],
             on_upload,
-            upload,
+            [upload, broken_off],
             [notice, upload, preview, picture, histories, *results],
             show_progress="hidden",
             cancels=[running],
         )
         show = (on_choice, [chosen, histories], [*columns, *chats, *drawings])
         uploaded.then(*show, show_progress="hidden")
-        ticked = chosen.change(*show, show_progress="hidden", cancels=[running])
+        ticked = chosen.change(
+            on_tick,
+            [chosen, histories, broken_off],
+            show[2],
+            show_progress="hidden",
+            cancels=[running],
+        )
         ticked.then(*show, show_progress="hidden")
-        emptied = anew.click(on_anew, None, [notice, histories, *results], cancels=[running])
+        emptied = anew.click(on_anew, broken_off, [notice, histories, *results], cancels=[running])
         emptied.then(*show, show_progress="hidden")
-        stop.click(None, cancels=[running])
+        stop.click(break_off, broken_off, None, show_progress="hidden", cancels=[running])
     return blocks.queue(max_size=_WAITING)
 
 
