@@ -279,12 +279,6 @@ def build_page(
                 updates.append(gr.Chatbot(value=_messages(known.get(label, [])), label=label))
             return [*updates, *[_no_drawing(gr) for _ in drawings]]
 
-        def on_tick(
-            labels_chosen: list[str], known: dict[str, History], count: list[int]
-        ) -> list[Any]:
-            break_off(count)
-            return on_choice(labels_chosen, known)
-
         def on_ask(
             asked: str, path: str | None, labels_chosen: list[str], prompt: str, longest: int,
             heat: float, share: float, known: dict[str, History], count: list[int],
@@ -338,11 +332,7 @@ def build_page(
         show = (on_choice, [chosen, histories], [*columns, *chats, *drawings])
         uploaded.then(*show, show_progress="hidden")
         ticked = chosen.change(
-            on_tick,
-            [chosen, histories, broken_off],
-            show[2],
-            show_progress="hidden",
-            cancels=[running],
+            break_off, broken_off, None, show_progress="hidden", cancels=[running]
         )
         ticked.then(*show, show_progress="hidden")
         emptied = anew.click(on_anew, broken_off, [notice, histories, *results], cancels=[running])
